@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`QuantizedArray`: a weight kept as the raw ggml blocks of its file."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from jaxtyping import Array, Float, Int
+
+from ktx_jax.gguf.blocks import dequantize
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class QuantizedArray:
+    """Raw ggml blocks `[*lead, nb, type_size]` (uint8) standing for an array `[*lead, K]`, `K = nb * block_size`.
+
+    A pytree with one leaf, `data`; the type is static. The logical shape follows from the leaf's, so the same object
+    is right for a whole weight, for one device's shard inside `shard_map`, and for an abstract leaf. The leaf is not
+    checked: JAX puts shapes, shardings and placeholders there.
+    """
+
+    data: Any  # UInt8[Array, "*lead nb ts"], or whatever JAX puts in a leaf's place
+    ggml_type: GGMLQuantizationType = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape: that of the dequantized array."""
+        *lead, nb, _ = self.data.shape
+        return (*lead, nb * GGML_QUANT_SIZES[self.ggml_type][0])
+
+    @property
+    def ndim(self) -> int:
+        """The number of logical axes."""
+        return len(self.data.shape) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks."""
+        return self.data.size * self.data.dtype.itemsize
+
+    def take(self, indices: Int[Array, "*n"]) -> "QuantizedArray":
+        """Gathers along the first axis (rows of an embedding, experts of a stack): `[*n, *shape[1:]]`, quantized.
+
+        `indices` must be in bounds; others give zero blocks.
+        """
+        if self.ndim < 2:
+            raise ValueError(f"take gathers whole rows: a quantized array of shape {self.shape} has none")
+        return QuantizedArray(jnp.take(self.data, indices, axis=0, mode="fill", fill_value=0), self.ggml_type)
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*lead K"]:
+        """The values, computed in float32 and then cast; bit-equal to gguf-py's in float32."""
+        return dequantize(self.data, self.ggml_type, dtype)
