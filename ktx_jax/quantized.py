@@ -15,11 +15,11 @@ from ktx_jax.gguf.blocks import dequantize
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class QuantizedArray:
-    """Raw ggml blocks `[*lead, nb, type_size]` (uint8) standing for an array `[*lead, K]`, `K = nb * block_size`.
+    """Raw ggml blocks `[*lead, nb, type_size]` (uint8) standing for an array `[*lead, nb * block_size]`.
 
-    A pytree with one leaf, `data`; the type is static. The logical shape follows from the leaf's, so the same object
-    is right for a whole weight, for one device's shard inside `shard_map`, and for an abstract leaf. The leaf is not
-    checked: JAX puts shapes, shardings and placeholders there.
+    A pytree with one leaf, `data`; the type is static. The logical shape follows from the leaf's, so the same
+    object is right for a whole weight, for one device's shard inside `shard_map`, and for an abstract leaf.
+    The leaf is not checked: JAX puts shapes, shardings and placeholders there.
     """
 
     data: Any  # UInt8[Array, "*lead nb ts"], or whatever JAX puts in a leaf's place
@@ -42,7 +42,7 @@ class QuantizedArray:
         return self.data.size * self.data.dtype.itemsize
 
     def take(self, indices: Int[Array, "*n"]) -> "QuantizedArray":
-        """Gathers along the first axis (rows of an embedding, experts of a stack): `[*n, *shape[1:]]`, quantized.
+        """Gathers along the first axis (embedding rows, experts of a stack): `[*n, *shape[1:]]`, quantized.
 
         `indices` must be in bounds; others give zero blocks.
         """

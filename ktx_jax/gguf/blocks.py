@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dequantization of ggml blocks in plain `jax.numpy`: the exact path's arithmetic.
 
-Each function below reads one block format and returns values `[*lead, nb, block_size]`. Every product (float16 scale,
-integer scale, integer quant) fits 24 bits of mantissa, so it is exact in float32 and the result does not depend on
-whether the compiler contracts a multiply and an add. Only elementwise operations on whole-block reshapes are used, so
-that XLA fuses a function into one loop over the output.
+Each function below reads one block format and returns values `[*lead, nb, block_size]`. Every product
+(float16 scale, integer scale, integer quant) fits 24 bits of mantissa, so it is exact in float32 and the
+result does not depend on whether the compiler contracts a multiply and an add. Only elementwise operations on
+whole-block reshapes are used, so that XLA fuses a function into one loop over the output.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,9 @@ def _f16(blocks: jax.Array, at: int) -> jax.Array:
 def _planes(packed: jax.Array, bits: int, groups: int = 1) -> jax.Array:
     """Unpacks `8 // bits` fields a byte, each group of bytes giving its lowest fields first.
 
-    `[..., n]` bytes, cut into `groups` equal runs, become `[..., groups * (8 // bits), n // groups]` values: the formats
-    store the first half (quarter, eighth) of a run's values in the low bits of its bytes, the next in the bits above.
+    `[..., n]` bytes, cut into `groups` equal runs, become `[..., groups * (8 // bits), n // groups]` values:
+    the formats store the first half (quarter, eighth) of a run's values in the low bits of its bytes, the
+    next in the bits above.
     """
     *lead, n = packed.shape
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
@@ -97,19 +98,20 @@ def _iq4_nl(b: jax.Array) -> jax.Array:
 def _k_scales(b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eight 6-bit scales and eight 6-bit minima packed in 12 bytes: two `[*lead, nb, 8]` of uint8.
 
-    Bytes 0-3 and 4-7 hold the first four scales and minima in their low 6 bits; bytes 8-11 the low 4 bits of the last
-    four scales (low nibble) and minima (high nibble), whose upper 2 bits are the top bits of bytes 0-7.
+    Bytes 0-3 and 4-7 hold the first four scales and minima in their low 6 bits; bytes 8-11 the low 4 bits of
+    the last four scales (low nibble) and minima (high nibble), whose upper 2 bits are the top bits of bytes
+    0-7.
     """
-    low_scale, low_min, high = b[..., 0:4], b[..., 4:8], b[..., 8:12]
-    scale = jnp.concatenate([low_scale & 0x3F, (high & 0x0F) | ((low_scale >> 2) & 0x30)], axis=-1)
-    minimum = jnp.concatenate([low_min & 0x3F, (high >> 4) | ((low_min >> 2) & 0x30)], axis=-1)
-    return scale, minimum
+    low_scale, low_min, high = b[..., None, 4:8], b[..., None, 8:12], b[..., None, 12:16]
+    first = jnp.arange(2)[:, None] == 0
+    scale = jnp.where(first, low_scale & 0x3F, (high & 0x0F) | ((low_scale >> 2) & 0x30))
+    minimum = jnp.where(first, low_min & 0x3F, (high >> 4) | ((low_min >> 2) & 0x30))
+    return _flat(scale, 2), _flat(minimum, 2)
 
 
 def _affine(b: jax.Array, d_at: int, scale: jax.Array, minimum: jax.Array, q: jax.Array) -> jax.Array:
-    """d·scale·q - dmin·minimum with d, dmin at bytes `d_at`, `d_at + 2`; q `[..., groups, values]`, flattened."""
-    d = _f16(b, d_at)[..., None] * _f32(scale)
-    m = _f16(b, d_at + 2)[..., None] * _f32(minimum)
+    """d·scale·q - dmin·minimum, d and dmin at bytes `d_at`, `d_at + 2`; q `[..., groups, values]`,
+    flattened.""" d = _f16(b, d_at)[..., None] * _f32(scale) m = _f16(b, d_at + 2)[..., None] * _f32(minimum)
     return _flat(d[..., None] * _f32(q) - m[..., None], 2)
 
 
@@ -131,12 +133,12 @@ def _q3_k(b: jax.Array) -> jax.Array:
 
 
 def _q4_k(b: jax.Array) -> jax.Array:
-    return _affine(b, 0, *_k_scales(b[..., 4:16]), _planes(b[..., 16:], 4, groups=4))
+    return _affine(b, 0, *_k_scales(b), _planes(b[..., 16:], 4, groups=4))
 
 
 def _q5_k(b: jax.Array) -> jax.Array:
     q = _planes(b[..., 48:], 4, groups=4) | (_planes(b[..., 16:48], 1) << 4)
-    return _affine(b, 0, *_k_scales(b[..., 4:16]), q)
+    return _affine(b, 0, *_k_scales(b), q)
 
 
 def _q6_k(b: jax.Array) -> jax.Array:
@@ -204,7 +206,8 @@ def dequantize(
 
     In float32 the result equals gguf-py's `gguf.quants.dequantize` bit for bit, jitted or not.
 
-    Raises `ValueError` for a type outside `NATIVE_TYPES` or a last axis that is not the type's block in bytes.
+    Raises `ValueError` for a type outside `NATIVE_TYPES` or a last axis that is not the type's block in
+    bytes.
     """
     if ggml_type not in _FORMATS:
         raise ValueError(
@@ -213,7 +216,8 @@ def dequantize(
     type_size = GGML_QUANT_SIZES[ggml_type][1]
     if blocks.shape[-1] != type_size:
         raise ValueError(
-            f"{ggml_type.name} blocks have {type_size} bytes; the last axis of {blocks.shape} has {blocks.shape[-1]}"
+            f"{ggml_type.name} blocks have {type_size} bytes; "
+            f"the last axis of {blocks.shape} has {blocks.shape[-1]}"
         )
     values = _FORMATS[ggml_type](blocks)
     return _flat(values, 2).astype(dtype)
