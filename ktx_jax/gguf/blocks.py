@@ -96,11 +96,11 @@ def _iq4_nl(b: jax.Array) -> jax.Array:
 
 
 def _k_scales(b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eight 6-bit scales and eight 6-bit minima packed in 12 bytes: two `[*lead, nb, 8]` of uint8.
+    """Eight 6-bit scales and eight 6-bit minima packed in the 12 bytes from 4 on: two `[*lead, nb, 8]` of uint8.
 
-    Bytes 0-3 and 4-7 hold the first four scales and minima in their low 6 bits; bytes 8-11 the low 4 bits of
-    the last four scales (low nibble) and minima (high nibble), whose upper 2 bits are the top bits of bytes
-    0-7.
+    Of the 12, bytes 0-3 and 4-7 hold the first four scales and minima in their low 6 bits; bytes 8-11 the low
+    4 bits of the last four scales (low nibble) and minima (high nibble), whose upper 2 bits are the top bits
+    of bytes 0-7.
     """
     low_scale, low_min, high = b[..., None, 4:8], b[..., None, 8:12], b[..., None, 12:16]
     first = jnp.arange(2)[:, None] == 0
@@ -110,8 +110,9 @@ def _k_scales(b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _affine(b: jax.Array, d_at: int, scale: jax.Array, minimum: jax.Array, q: jax.Array) -> jax.Array:
-    """d·scale·q - dmin·minimum, d and dmin at bytes `d_at`, `d_at + 2`; q `[..., groups, values]`,
-    flattened.""" d = _f16(b, d_at)[..., None] * _f32(scale) m = _f16(b, d_at + 2)[..., None] * _f32(minimum)
+    """d·scale·q - dmin·minimum, d and dmin at bytes `d_at` and `d_at + 2`, q `[..., groups, values]`."""
+    d = _f16(b, d_at)[..., None] * _f32(scale)
+    m = _f16(b, d_at + 2)[..., None] * _f32(minimum)
     return _flat(d[..., None] * _f32(q) - m[..., None], 2)
 
 
