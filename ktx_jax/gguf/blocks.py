@@ -96,9 +96,9 @@ def _iq4_nl(b: jax.Array) -> jax.Array:
 
 
 def _k_scales(b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eight 6-bit scales and eight 6-bit minima packed in the 12 bytes from 4 on: two `[*lead, nb, 8]` of uint8.
+    """Eight 6-bit scales and eight 6-bit minima packed in bytes 4-15: two uint8 `[*lead, nb, 8]`.
 
-    Of the 12, bytes 0-3 and 4-7 hold the first four scales and minima in their low 6 bits; bytes 8-11 the low
+    Of these, bytes 0-3 and 4-7 hold the first four scales and minima in their low 6 bits; bytes 8-11 the low
     4 bits of the last four scales (low nibble) and minima (high nibble), whose upper 2 bits are the top bits
     of bytes 0-7.
     """
