@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged latent cache, and the flat run of tokens that one step adds to it."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ktx_jax.model.config import Config
+
+Cache = tuple[jax.Array, ...]  # one array [pages, page, R + P] a layer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Run:
+    """A flat, ragged run of tokens: chunks of several sequences laid end to end, padded.
+
+    Tokens come in tiles of `tile` (static) that belong to one sequence each; a decode step has tiles of 1.
+    """
+
+    tokens: Int[Array, " T"]
+    positions: Int[Array, " T"]  # -1 for padding
+    sequence: Int[Array, " T"]  # the row of block_table
+    block_table: Int[Array, "B blocks"]  # each sequence's pages, in order
+    tile: int = field(metadata={"static": True})
+
+
+def new_cache(config: Config, pages: int, page: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache. bfloat16 is kept as its bits (uint16): XLA's CPU backend would convert a bfloat16 cache to float32
+    and back at every write."""
+    kept = jnp.uint16 if dtype == jnp.bfloat16 else dtype
+    shape = (pages, page, config.latent_dim)
+    return tuple(jnp.zeros(shape, kept) for _ in range(config.num_hidden_layers))
+
+
+def write(pages: jax.Array, rows: Float[Array, "T R_P"], run: Run) -> jax.Array:
+    """Puts each token's row at its position's place; padding is dropped."""
+    count, page, width = pages.shape
+    at = jnp.maximum(run.positions, 0)
+    place = run.block_table[run.sequence, at // page] * page + at % page
+    place = jnp.where(run.positions >= 0, place, count * page)
+    if pages.dtype == jnp.uint16:
+        rows = jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
+    flat = pages.reshape(count * page, width).at[place].set(rows.astype(pages.dtype), mode="drop")
+    return flat.reshape(pages.shape)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head latent attention in its absorbed form, over a paged cache (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt16
+
+# Cached positions that one step of the softmax covers.
+_CHUNK = 512
+
+
+def latent_values(pages: jax.Array) -> jax.Array:
+    """Cache rows as numbers: uint16 rows hold the bits of bfloat16."""
+    return jax.lax.bitcast_convert_type(pages, jnp.bfloat16) if pages.dtype == jnp.uint16 else pages
+
+
+def mla_attention(
+    q_latent: Float[Array, "T H R"],
+    q_rope: Float[Array, "T H P"],
+    pages: Float[Array, "pages page R_P"] | UInt16[Array, "pages page R_P"],
+    block_table: Int[Array, "B blocks"],
+    sequence: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    *,
+    scale: float,
+    tile: int,
+) -> Float[Array, "T H R"]:
+    """Attention of each token to rows 0..position of its own sequence; softmax in float32.
+
+    Args:
+      q_latent: queries against the latent (absorbed through k_b); q_rope: rotated queries.
+      pages: one layer's cache, each row the latent (R) then the rotated key (P); bfloat16 bits where uint16.
+      block_table: the pages of each sequence in order.
+      sequence: the row of `block_table` a token belongs to. Tokens come in runs of `tile` of one sequence.
+      positions: a token's position, -1 for padding (whose result is meaningless but finite).
+      scale: factor of the scores before the softmax.
+
+    Returns:
+      The probability-weighted sum of latents for each head, to be taken through v_b.
+    """
+    tokens, heads, rank = q_latent.shape
+    page = pages.shape[1]
+    step_blocks = max(min(_CHUNK // page, block_table.shape[1]), 1)
+    steps = -(-block_table.shape[1] // step_blocks)
+    table = jnp.pad(block_table, ((0, 0), (0, steps * step_blocks - block_table.shape[1])))
+    queries = jnp.concatenate([q_latent, q_rope], axis=-1)
+
+    def one_tile(operands: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        query, row, position = operands  # [M, H, R+P], scalar, [M]
+        blocks = table[row].reshape(steps, step_blocks)
+
+        @jax.checkpoint
+        def attend(state: tuple, start: jax.Array, chunk: jax.Array) -> tuple:
+            top, total, out = state
+            keys = latent_values(pages[chunk]).reshape(step_blocks * page, -1).astype(query.dtype)
+            scores = scale * jnp.einsum(
+                "mhc,sc->mhs", query, keys, precision="highest", preferred_element_type=jnp.float32
+            )
+            seen = start + jnp.arange(step_blocks * page) <= position[:, None]
+            scores = jnp.where(seen[:, None, :], scores, -jnp.inf)
+            new_top = jnp.maximum(top, scores.max(-1))
+            safe_top = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
+            shrink = jnp.exp(top - safe_top)
+            weight = jnp.exp(scores - safe_top[..., None])
+            part = jnp.einsum(
+                "mhs,sr->mhr", weight.astype(query.dtype), keys[:, :rank],
+                precision="highest", preferred_element_type=jnp.float32,
+            )  # fmt: skip
+            return new_top, total * shrink + weight.sum(-1), out * shrink[..., None] + part
+
+        def step(state: tuple, at: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
+            start, chunk = at
+            reached = (start == 0) | (start <= position.max())
+            return jax.lax.cond(reached, attend, lambda state, *_: state, state, start, chunk), None
+
+        shape = (tile, heads)
+        state = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, rank)))
+        starts = jnp.arange(steps) * (step_blocks * page)
+        if steps == 1:
+            state = attend(state, starts[0], blocks[0])
+        else:
+            state, _ = jax.lax.scan(step, state, (starts, blocks))
+        _, total, out = state
+        return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q_latent.dtype)
+
+    runs = (
+        queries.reshape(-1, tile, heads, queries.shape[-1]),
+        sequence[::tile],
+        positions.reshape(-1, tile),
+    )
+    out = one_tile(jax.tree.map(lambda a: a[0], runs)) if tokens == tile else jax.lax.map(one_tile, runs)
+    return out.reshape(tokens, heads, rank)

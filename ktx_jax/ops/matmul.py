@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with dense or quantized weights, whose last axis is the input dimension."""
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ktx_jax.quantized import QuantizedArray
+
+Weight: TypeAlias = Float[Array, "..."] | QuantizedArray
+
+# A dequantized tile is at most this many values: it stays in the CPU's last-level cache, and the exact path's
+# temporaries stay far below the model's size.
+_TILE_VALUES = 1 << 20
+
+
+def _dense(w: Weight, dtype: jnp.dtype) -> jax.Array:
+    return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [T, K] · w [N, K] -> float32 [T, N]; float32 means float32 on every platform, and sums are always float32."""
+    return jnp.einsum("tk,nk->tn", x, w, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _tile_rows(rows: int, row_values: int) -> int:
+    """Rows in a tile: few tiles, none above the limit, and a divisor of `rows` where one lies within a factor of two."""
+    most = max(_TILE_VALUES // row_values, 1)
+    if rows <= most:
+        return rows
+    tiles = -(-rows // most)
+    return next((rows // n for n in range(tiles, 2 * tiles) if rows % n == 0), most)
+
+
+def matmul(x: Float[Array, "T K"], w: Weight, *, dtype: Any = None) -> Float[Array, "T N"]:
+    """x · wᵀ for a weight `[N, K]`. A quantized weight is dequantized a tile of rows at a time.
+
+    Each output value is one float32 sum over K, whichever tile its row falls in, rounded to `dtype` (x's own if None).
+    """
+    dtype = dtype or x.dtype
+    rows, k = w.shape
+    tile = _tile_rows(rows, k)
+    if not isinstance(w, QuantizedArray) or tile == rows:
+        return _dot(x, _dense(w, x.dtype)).astype(dtype)
+
+    @jax.checkpoint  # a gradient dequantizes again: to keep every tile would be to keep the dense weight
+    def one_tile(data: jax.Array) -> jax.Array:
+        return _dot(x, QuantizedArray(data, w.ggml_type).dequantize(x.dtype)).astype(dtype)
+
+    whole = rows // tile * tile
+    tiles = jax.lax.map(one_tile, w.data[:whole].reshape(-1, tile, *w.data.shape[1:]))
+    out = jnp.moveaxis(tiles, 0, 1).reshape(x.shape[0], whole)
+    if whole == rows:
+        return out
+    return jnp.concatenate([out, one_tile(w.data[whole:])], axis=1)
+
+
+def head_matmul(x: Float[Array, "T H K"], w: Weight, *, transposed: bool = False) -> Float[Array, "T H N"]:
+    """x · wᵀ for each head: w is `[H, N, K]`, or `[H, K, N]` where `transposed`."""
+    equation = "tk,kn->tn" if transposed else "tk,nk->tn"
+
+    @jax.checkpoint
+    def one_head(operands: tuple[jax.Array, Weight]) -> jax.Array:
+        head, weight = operands
+        return jnp.einsum(
+            equation, head, _dense(weight, x.dtype), precision="highest", preferred_element_type=jnp.float32
+        ).astype(x.dtype)
+
+    by_head = jnp.moveaxis(x, 1, 0)
+    out = jax.lax.map(one_head, (by_head, w)) if isinstance(w, QuantizedArray) else jax.vmap(
+        lambda head, weight: one_head((head, weight))
+    )(by_head, w)  # fmt: skip
+    return jnp.moveaxis(out, 0, 1)
