@@ -25,9 +25,7 @@ class Yarn:
     original_context: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    log_multiplier: float = (
-        0.0  # 0.1 * mscale_all_dim; mscale = mscale_all_dim, so cos and sin keep magnitude 1
-    )
+    log_multiplier: float = 0.0  # 0.1 * mscale_all_dim; mscale = mscale_all_dim, so cos and sin keep magnitude 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +79,7 @@ class Config:
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
     def __post_init__(self) -> None:
-        if self.n_routed_experts and (
-            self.n_routed_experts % self.n_group or not 1 <= self.topk_group <= self.n_group
-        ):
+        if self.n_routed_experts and (self.n_routed_experts % self.n_group or not 1 <= self.topk_group <= self.n_group):
             raise GGUFError(
                 f"{self.n_routed_experts} experts in {self.n_group} groups with {self.topk_group} used: the experts "
                 "must divide evenly into the groups, and 1 to all groups may be used "
@@ -229,8 +225,7 @@ def config_from_gguf(
         yarn=_yarn(keys),
         max_position_embeddings=keys.size("context_length"),
         tie_word_embeddings="output.weight" not in tensor_names,
-        k_b_transposed="blk.0.attn_kv_b.weight" not in tensor_names
-        or "blk.0.attn_k_b.weight" in tensor_names,
+        k_b_transposed="blk.0.attn_kv_b.weight" not in tensor_names or "blk.0.attn_k_b.weight" in tensor_names,
     )
     keys.check_overrides()
     return config

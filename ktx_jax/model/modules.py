@@ -79,22 +79,14 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T D"], jax.Array]:
         c = self.config
         with jax.named_scope("query"):
-            q = (
-                self.q_proj(x)
-                if c.q_lora_rank is None
-                else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-            )
+            q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
             q = q.reshape(-1, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
             q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
             q_rope = rotate(q_rope, cos, sin)
-            q_latent = ops.head_matmul(
-                q_nope, self.k_b_proj.weight.get_value(), transposed=not c.k_b_transposed
-            )
+            q_latent = ops.head_matmul(q_nope, self.k_b_proj.weight.get_value(), transposed=not c.k_b_transposed)
         with jax.named_scope("latent"):
             latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [c.kv_lora_rank], axis=-1)
-            row = jnp.concatenate(
-                [self.kv_a_layernorm(latent), rotate(k_rope, cos, sin)], axis=-1
-            )  # [T, R + P]
+            row = jnp.concatenate([self.kv_a_layernorm(latent), rotate(k_rope, cos, sin)], axis=-1)  # [T, R + P]
             pages = write(pages, row, run)
         with jax.named_scope("attend"):
             mixed = ops.mla_attention(
@@ -135,15 +127,11 @@ class Router(nnx.Module):
 
     def __init__(self, c: Config, rngs: nnx.Rngs):
         self.config = c
-        self.weight = nnx.Param(
-            jax.random.normal(rngs.params(), (c.n_routed_experts, c.hidden_size)) * _INIT_STD
-        )
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (c.n_routed_experts, c.hidden_size)) * _INIT_STD)
 
     def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
         wide = x.astype(jnp.float32)
-        return jax.nn.softmax(
-            jnp.einsum("td,ed->te", wide, self.weight.get_value(), precision="highest"), axis=-1
-        )
+        return jax.nn.softmax(jnp.einsum("td,ed->te", wide, self.weight.get_value(), precision="highest"), axis=-1)
 
     def __call__(self, x: Float[Array, "T D"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         c, scores = self.config, self.scores(x)

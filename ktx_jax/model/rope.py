@@ -19,9 +19,7 @@ def inverse_frequencies(config: Config) -> Float[np.ndarray, " half"]:
 
     def pair_turning(turns: float) -> float:
         """The (fractional) pair that makes this many turns over the original context."""
-        return (
-            dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-        )
+        return dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
@@ -29,9 +27,7 @@ def inverse_frequencies(config: Config) -> Float[np.ndarray, " half"]:
     return (plain * (1.0 - ramp) + plain / yarn.factor * ramp).astype(np.float32)
 
 
-def cos_sin(
-    config: Config, positions: Int[Array, " T"]
-) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
+def cos_sin(config: Config, positions: Int[Array, " T"]) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
     """Cosines and sines of every pair's angle at each position, float32."""
     angles = positions[:, None].astype(jnp.float32) * inverse_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)

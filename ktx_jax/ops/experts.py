@@ -21,9 +21,7 @@ class _Tiles(NamedTuple):
 
     expert: jax.Array  # [n] the expert of a tile
     pair: jax.Array  # [n, rows] index into the flat pairs; out of range where the tile is not full
-    place: (
-        jax.Array
-    )  # [T * k] the row, in the tiles laid end to end, that holds a pair; out of range for id -1
+    place: jax.Array  # [T * k] the row, in the tiles laid end to end, that holds a pair; out of range for id -1
 
 
 def _tiles(ids: jax.Array, experts: int) -> _Tiles:
@@ -97,8 +95,6 @@ def _all_experts(
     x: jax.Array, ids: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
 ) -> jax.Array:
     """Every expert on every token, masked: simple and differentiable, for the small models one trains here."""
-    share = jnp.einsum(
-        "tk,tke->te", weights.astype(x.dtype), jax.nn.one_hot(ids, gate.shape[0], dtype=x.dtype)
-    )
+    share = jnp.einsum("tk,tke->te", weights.astype(x.dtype), jax.nn.one_hot(ids, gate.shape[0], dtype=x.dtype))
     hidden = jax.nn.silu(jnp.einsum("td,efd->etf", x, gate)) * jnp.einsum("td,efd->etf", x, up)
     return jnp.einsum("etf,edf,te->td", hidden, down, share, optimize="optimal")
