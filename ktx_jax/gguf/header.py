@@ -25,9 +25,9 @@ from ktx_jax.gguf.tensor_info import TensorInfo, locate_tensors, read_entry
 DEFAULT_ALIGNMENT = 32
 MAX_KEY_BYTES = 65535
 
-# The smallest that a key with a one-byte value, and a tensor of one dimension, can be.
-_MIN_KEY_BYTES = 8 + 1 + 4 + 1
-_MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
+# The least that a key with a one-byte value, and a tensor of one dimension, take beside their names.
+_MIN_KEY_BYTES = 8 + 4 + 1
+_MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
 
 @dataclass(frozen=True, slots=True)
