@@ -39,12 +39,14 @@ class Tokenizer:
     Attributes:
         vocab_size: number of ids.
         bos_id: the beginning-of-text id, or None where the file names none.
+        eos_id: the end-of-text id, or None where the file names none.
         eos_ids: the ids that end a text or a turn.
         special_ids: control tokens: never part of a text, skipped when decoding unless asked for.
     """
 
     vocab_size: int
     bos_id: int | None
+    eos_id: int | None
     eos_ids: frozenset[int]
     special_ids: frozenset[int]
 
@@ -75,8 +77,8 @@ class Tokenizer:
         ends = (_token_id(metadata, key, self.vocab_size) for key in _END_KEYS)
         self.eos_ids = frozenset(i for i in ends if i is not None)
         self._prefix = [self.bos_id] if self.bos_id is not None and _flag(metadata, "add_bos_token", True) else []
-        eos = _token_id(metadata, "eos_token_id", self.vocab_size)
-        self._suffix = [eos] if eos is not None and _flag(metadata, "add_eos_token", False) else []
+        self.eos_id = _token_id(metadata, "eos_token_id", self.vocab_size)
+        self._suffix = [self.eos_id] if self.eos_id is not None and _flag(metadata, "add_eos_token", False) else []
         self._build_encoders(metadata, types)
 
     @classmethod

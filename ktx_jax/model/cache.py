@@ -28,8 +28,8 @@ class Run:
 
 
 def new_cache(config: Config, pages: int, page: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache. bfloat16 is kept as its bits (uint16): XLA's CPU backend would convert a bfloat16 cache to float32
-    and back at every write."""
+    """An empty cache. bfloat16 is kept as its bits (uint16): XLA's CPU backend would convert a bfloat16 cache to
+    float32 and back at every write."""
     kept = jnp.uint16 if dtype == jnp.bfloat16 else dtype
     shape = (pages, page, config.latent_dim)
     return tuple(jnp.zeros(shape, kept) for _ in range(config.num_hidden_layers))

@@ -161,7 +161,7 @@ def _groups(keys: _Keys, experts: int) -> tuple[int, int]:
 
 
 def _heads(keys: _Keys) -> dict[str, int]:
-    """Head sizes. Files from 2025 on give the expanded sizes as `*_mla`; in older ones key_length is expanded itself."""
+    """Head sizes. Files from 2025 on give the expanded sizes as `*_mla`; older ones as key_length itself."""
     rope = keys.size("rope.dimension_count")
     key = keys.size("attention.key_length_mla", None) or keys.size("attention.key_length")
     value = keys.size("attention.value_length_mla", None) or keys.size("attention.value_length")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSeek-V2 as Flax NNX modules under Hugging Face names (arXiv:2405.04434).
 
-Letters of shapes: T tokens, D model, H heads, R latent rank, N nope, P rope, V value, E experts, F expert width, k top-k.
+Letters: T tokens, D model, H heads, R latent rank, N nope, P rope, V value, E experts, F expert width, k top-k.
 Each module that has a parameter has just one, `weight`; its path without `.weight` is the name rules and plans use.
 """
 
@@ -56,7 +56,7 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head latent attention (section 2.1), absorbed: k_b goes into the query, v_b follows the weighted latents."""
+    """Multi-head latent attention (section 2.1), absorbed: k_b goes into the query, v_b follows the mixed latents."""
 
     def __init__(self, c: Config, rngs: nnx.Rngs):
         self.config = c
@@ -123,7 +123,7 @@ class Experts(nnx.Module):
 
 
 class Router(nnx.Module):
-    """Group-limited greedy top-k over the float32 softmax of all experts (section 2.2.2; group score: its best expert)."""
+    """Group-limited greedy top-k over the float32 softmax of all experts (section 2.2.2; group score: its best)."""
 
     def __init__(self, c: Config, rngs: nnx.Rngs):
         self.config = c
@@ -230,7 +230,7 @@ class DeepseekV2ForCausalLM(nnx.Module):
 def causal_logits(
     model: DeepseekV2ForCausalLM, tokens: Int[Array, " T"], *, dtype: Any = jnp.float32
 ) -> Float[Array, "T vocab"]:
-    """Logits of every position of one whole sequence, with no cache kept: pure, differentiable, and free to be mapped."""
+    """Logits of every position of one whole sequence, with no cache kept: pure, differentiable, can be mapped."""
     count = tokens.shape[0]
     at = jnp.arange(count)
     zero = jnp.zeros(count, jnp.int32)

@@ -11,7 +11,7 @@ from ktx_jax.model.config import Config
 
 
 def inverse_frequencies(config: Config) -> Float[np.ndarray, " half"]:
-    """Radians a position for each of the P/2 pairs: between the plain and the interpolated ones, as YaRN blends them."""
+    """Radians a position for each of the P/2 pairs: plain and interpolated ones, as YaRN blends them."""
     dim = config.qk_rope_head_dim
     plain = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if (yarn := config.yarn) is None:

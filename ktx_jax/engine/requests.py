@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of the engine, and how far each request has come."""
+
+import math
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ktx_jax.errors import KtxError
+
+FinishReason = Literal["stop", "length", "abort"]
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    Attributes:
+      max_tokens: the most tokens to generate; None for as many as the context holds.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_p: keeps the most likely tokens that together reach this probability (after temperature and top_k).
+      top_k: keeps this many of the most likely tokens; 0 keeps all.
+      seed: makes the draw repeatable, whatever else is in the batch; None draws a fresh one.
+      stop: texts that end the reply; the reply's text ends before them.
+      logprobs: how many of the most likely tokens to report beside each token's own log-probability; None for neither.
+      ignore_eos: go on past the model's end tokens, as benchmarks do.
+    """
+
+    max_tokens: int | None = 64
+    temperature: float = 0.3
+    top_p: float = 0.95
+    top_k: int = 0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        checks = {
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None"),
+            "temperature": (0.0 <= self.temperature < math.inf, "a number from 0"),
+            "top_p": (0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1, or None"),
+            "stop": (all(self.stop), "texts that are not empty"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}, or None"),
+        }
+        for name, (fine, expected) in checks.items():
+            if not fine:
+                raise KtxError(f"{name} should be {expected}; found {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability (nats, before temperature and truncation) of a generated token, and the likeliest ones there."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence in the engine's care."""
+
+    prompt: list[int]
+    params: SamplingParams
+    limit: int  # tokens that may be generated
+    output: list[int] = field(default_factory=list)
+    unread: deque[tuple[int, TokenLogprob | None]] = field(default_factory=deque)
+    computed: int = 0  # tokens whose latents are in the cache
+    pages: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether more than the newest token is still to be computed."""
+        return self.length - self.computed > 1 or not self.output
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Tokens `start` to `stop` of the prompt and what was generated after it."""
+        split = len(self.prompt)
+        return self.prompt[start:stop] + self.output[max(start - split, 0) : max(stop - split, 0)]
