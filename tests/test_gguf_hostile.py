@@ -167,7 +167,7 @@ def test_oversized_header_is_refused(tmp_path):
     with path.open("wb") as file:
         file.write(start)
         file.truncate((1 << 30) + len(start))  # sparse
-    with pytest.raises(GGUFError, match=r"'a' would make the header larger than 64 MiB"):
+    with pytest.raises(GGUFError, match=r"'a' would make the header larger than 32 MiB"):
         open_gguf(path)
 
 

@@ -17,7 +17,7 @@ from ktx_jax.gguf.errors import GGUFError, quote
 
 # A 160,000-token vocabulary with its merges takes 10 MB. The bound keeps a hostile file of many gigabytes
 # from being turned, value by value, into Python objects.
-MAX_HEADER_BYTES = 64 << 20
+MAX_HEADER_BYTES = 32 << 20
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
