@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
+from ktx_jax.errors import KtxError
+
 _T = GGMLQuantizationType
 
 
@@ -56,10 +58,10 @@ def mix_type(name: str, shape: tuple[int, ...], n_layers: int, mix: str) -> GGML
     Vectors, norms and the router stay F32. Models of exactly eight experts, which llama.cpp treats apart, and tied
     embeddings are not distinguished.
 
-    Raises `ValueError` for a mix not in `MIXES`.
+    Raises `KtxError` for a mix not in `MIXES`.
     """
     if mix not in MIXES:
-        raise ValueError(f"no mix named {mix!r}; there are {', '.join(MIXES)}")
+        raise KtxError(f"no mix named {mix!r}; there are {', '.join(MIXES)}")
     rule = MIXES[mix]
     if len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight") or "ffn_gate_inp" in name:
         return _T.F32
