@@ -1,2 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSeek-V2 models from GGUF files, in JAX."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ktx_jax.engine.requests import SamplingParams
+    from ktx_jax.errors import KtxError
+    from ktx_jax.gguf.errors import GGUFError
+    from ktx_jax.llm import LLM, Chunk, Completion, load_config
+    from ktx_jax.model.config import Config
+    from ktx_jax.tokenizer import Tokenizer
+
+__all__ = [
+    "LLM", "Chunk", "Completion", "Config", "GGUFError", "KtxError", "SamplingParams", "Tokenizer", "load_config",
+]  # fmt: skip
+
+_HOMES = {
+    "ktx_jax.llm": ("LLM", "Chunk", "Completion", "load_config"),
+    "ktx_jax.engine.requests": ("SamplingParams",),
+    "ktx_jax.errors": ("KtxError",),
+    "ktx_jax.gguf.errors": ("GGUFError",),
+    "ktx_jax.model.config": ("Config",),
+    "ktx_jax.tokenizer": ("Tokenizer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: `ktx-jax --help` need not wait for JAX."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'ktx_jax' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -37,7 +37,7 @@ def sample(logits: Float[Array, "L V"], draw: Draw, *, top: int) -> Drawn:
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     token = jax.lax.cond(
         (draw.temperature > 0).any(),
-        lambda: jnp.where(draw.temperature > 0, jax.vmap(_draw_row)(logits, draw), greedy),
+        lambda: jnp.where(draw.temperature > 0, _draw_rows(logits, draw), greedy),
         lambda: greedy,
     )
     logprobs = jax.nn.log_softmax(logits, axis=-1)
@@ -46,16 +46,28 @@ def sample(logits: Float[Array, "L V"], draw: Draw, *, top: int) -> Drawn:
     return Drawn(token, chosen, top_ids, top_logprobs)
 
 
-def _draw_row(logits: Float[Array, " V"], draw: Draw) -> Int[Array, ""]:
-    scaled = logits / jnp.maximum(draw.temperature, 1e-6)
+def _draw_rows(logits: Float[Array, "L V"], draw: Draw) -> Int[Array, " L"]:
+    fields = (draw.temperature, draw.top_p, draw.top_k, draw.seed, draw.position)
+    return jax.vmap(_draw_row)(logits, *fields)
+
+
+def _draw_row(
+    logits: Float[Array, " V"],
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""],
+    top_k: Int[Array, ""],
+    seed: UInt32[Array, "2"],
+    position: Int[Array, ""],
+) -> Int[Array, ""]:
+    scaled = logits / jnp.maximum(temperature, 1e-6)
     order = _ordered_bits(scaled)
     size = logits.shape[-1]
-    k = jnp.where(draw.top_k > 0, jnp.minimum(draw.top_k, size), size)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
     kept = order >= _largest_bits(lambda bits: (order >= bits).sum() >= k)
     mass = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf))
-    nucleus = _largest_bits(lambda bits: jnp.where(order >= bits, mass, 0.0).sum() >= draw.top_p)
-    kept &= (order >= nucleus) | (draw.top_p >= 1.0)
-    key = jax.random.fold_in(jax.random.wrap_key_data(draw.seed, impl="threefry2x32"), draw.position)
+    nucleus = _largest_bits(lambda bits: jnp.where(order >= bits, mass, 0.0).sum() >= top_p)
+    kept &= (order >= nucleus) | (top_p >= 1.0)
+    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
     noisy = scaled + jax.random.gumbel(key, logits.shape)
     return jnp.argmax(jnp.where(kept, noisy, -jnp.inf)).astype(jnp.int32)
 
@@ -69,8 +81,8 @@ def _ordered_bits(x: Float[Array, " V"]) -> UInt32[Array, " V"]:
 def _largest_bits(holds: Callable[[jax.Array], jax.Array]) -> UInt32[Array, ""]:
     """The largest threshold at which a falling condition still holds: 32 passes over the row in place of a sort."""
 
-    def settle(i: int, bits: jax.Array) -> jax.Array:
-        higher = bits | (jnp.uint32(1 << 31) >> i)
+    def settle(i: jax.Array, bits: jax.Array) -> jax.Array:
+        higher = bits | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         return jnp.where(holds(higher), higher, bits)
 
     return jax.lax.fori_loop(0, 32, settle, jnp.uint32(0))

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one exception of the GGUF reader, and how names from a file are shown in it."""
 
+from ktx_jax.errors import KtxError
+
 SHOWN_CHARACTERS = 100
 
 
-class GGUFError(ValueError):
+class GGUFError(KtxError):
     """A GGUF file, or a set of them, cannot be used; the message says which, why and what to do."""
 
 
