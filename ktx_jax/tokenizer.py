@@ -40,7 +40,8 @@ class Tokenizer:
         vocab_size: number of ids.
         bos_id: the beginning-of-text id, or None where the file names none.
         eos_id: the end-of-text id, or None where the file names none.
-        eos_ids: the ids that end a text or a turn.
+        eos_id: the end-of-text id, or None where the file names none.
+        eos_ids: the ids that end a text or a turn, `eos_id` among them.
         special_ids: control tokens: never part of a text, skipped when decoding unless asked for.
     """
 
@@ -62,7 +63,7 @@ class Tokenizer:
         model = metadata.get("tokenizer.ggml.model")
         if model != "gpt2":
             raise KtxError(
-                f"tokenizer.ggml.model is {quote(str(model))}; ktx-jax reads 'gpt2' (byte-level BPE), which DeepSeek uses"
+                f"tokenizer.ggml.model is {quote(str(model))}; ktx-jax reads 'gpt2', the byte-level BPE of DeepSeek"
             )
         self._verbatim = {i for i, kind in enumerate(types) if kind not in (TokenType.NORMAL, TokenType.BYTE)}
         self._byte_tokens = {
@@ -74,6 +75,7 @@ class Tokenizer:
             if kind == TokenType.CONTROL or (kind == TokenType.USER_DEFINED and _looks_special(self._tokens[i]))
         )
         self.bos_id = _token_id(metadata, "bos_token_id", self.vocab_size)
+        self.eos_id = _token_id(metadata, "eos_token_id", self.vocab_size)
         ends = (_token_id(metadata, key, self.vocab_size) for key in _END_KEYS)
         self.eos_ids = frozenset(i for i in ends if i is not None)
         self._prefix = [self.bos_id] if self.bos_id is not None and _flag(metadata, "add_bos_token", True) else []
