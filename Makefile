@@ -48,7 +48,7 @@ clean:
 	@touch $@
 
 .venv/.dev: .venv/.installed
-	.venv/bin/python $(PIP) -e '.[dev]' 'jax==0.10.2' 'jaxlib==0.10.2'
+	.venv/bin/python $(PIP) -e '.[dev]'
 	@touch $@
 
 .venv312/.dev: .venv312/bin/python $(SOURCES)

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt16
 
+from ktx_jax.ops.tiles import map_tiles
+
 # Cached positions that one step of the softmax covers.
 _CHUNK = 512
 
@@ -88,5 +90,5 @@ def mla_attention(
         sequence[::tile],
         positions.reshape(-1, tile),
     )
-    out = one_tile(jax.tree.map(lambda a: a[0], runs)) if tokens == tile else jax.lax.map(one_tile, runs)
+    out = one_tile(jax.tree.map(lambda a: a[0], runs)) if tokens == tile else map_tiles(one_tile, runs, after=queries)
     return out.reshape(tokens, heads, rank)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.ops.matmul import Weight, matmul
+from ktx_jax.ops.tiles import map_tiles
 from ktx_jax.quantized import QuantizedArray
 
 
@@ -63,8 +64,8 @@ def experts(
 ) -> Float[Array, "T D"]:
     """Sum over each token's k experts of weight times that expert's gated MLP.
 
-    Only the experts that some token chose are dequantized, once a tile of tokens. A token's sum runs over its k slots in
-    order, whatever the other tokens chose. An id outside 0..E-1 (padding) contributes nothing.
+    Only the experts that some token chose are dequantized, once a tile of tokens. A token's sum runs over its k slots
+    in order, whatever the other tokens chose. An id outside 0..E-1 (padding) contributes nothing.
 
     Args:
       gate, up: `[E, F, D]`; down: `[E, D, F]`. Dense ones (as in training) go through every expert at once.
@@ -80,12 +81,12 @@ def experts(
         rows = x[jnp.minimum(pair // k, tokens - 1)]
         return swiglu(rows, _expert(gate, expert), _expert(up, expert), _expert(down, expert))
 
-    def step(_: None, tile: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def step(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
         expert, pair = tile
         empty = jnp.zeros((pair.size, width), x.dtype)
-        return None, jax.lax.cond(expert < gate.shape[0], one_tile, lambda *_: empty, expert, pair)
+        return jax.lax.cond(expert < gate.shape[0], one_tile, lambda *_: empty, expert, pair)
 
-    _, rows = jax.lax.scan(step, None, (tiles.expert, tiles.pair))
+    rows = map_tiles(step, (tiles.expert, tiles.pair), after=x)
     by_pair = jnp.take(rows.reshape(-1, width), tiles.place, axis=0, mode="fill", fill_value=0)
     by_slot = by_pair.reshape(tokens, k, width).astype(jnp.float32)
     return jnp.einsum("tk,tkd->td", weights.astype(jnp.float32), by_slot, precision="highest").astype(x.dtype)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ktx_jax.ops.tiles import map_tiles
 from ktx_jax.quantized import QuantizedArray
 
 Weight: TypeAlias = Float[Array, "..."] | QuantizedArray
@@ -26,7 +27,7 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _tile_rows(rows: int, row_values: int) -> int:
-    """Rows in a tile: few tiles, none above the limit, and a divisor of `rows` where one lies within a factor of two."""
+    """Rows in a tile: few tiles, none above the limit, a divisor of `rows` where one lies within a factor of two."""
     most = max(_TILE_VALUES // row_values, 1)
     if rows <= most:
         return rows
@@ -50,7 +51,7 @@ def matmul(x: Float[Array, "T K"], w: Weight, *, dtype: Any = None) -> Float[Arr
         return _dot(x, QuantizedArray(data, w.ggml_type).dequantize(x.dtype)).astype(dtype)
 
     whole = rows // tile * tile
-    tiles = jax.lax.map(one_tile, w.data[:whole].reshape(-1, tile, *w.data.shape[1:]))
+    tiles = map_tiles(one_tile, w.data[:whole].reshape(-1, tile, *w.data.shape[1:]), after=x)
     out = jnp.moveaxis(tiles, 0, 1).reshape(x.shape[0], whole)
     if whole == rows:
         return out
@@ -69,7 +70,8 @@ def head_matmul(x: Float[Array, "T H K"], w: Weight, *, transposed: bool = False
         ).astype(x.dtype)
 
     by_head = jnp.moveaxis(x, 1, 0)
-    out = jax.lax.map(one_head, (by_head, w)) if isinstance(w, QuantizedArray) else jax.vmap(
-        lambda head, weight: one_head((head, weight))
-    )(by_head, w)  # fmt: skip
+    if isinstance(w, QuantizedArray):
+        out = map_tiles(one_head, (by_head, w), after=x)
+    else:
+        out = jax.vmap(lambda head, weight: one_head((head, weight)))(by_head, w)
     return jnp.moveaxis(out, 0, 1)

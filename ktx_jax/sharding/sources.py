@@ -56,7 +56,7 @@ def find_source(gguf: GGUF, config: Config, path: str, shape: Shape) -> Source:
 
 
 def unused_tensors(gguf: GGUF, used: set[str], config: Config) -> list[str]:
-    """Tensors of the file that no parameter reads, but for an `attn_kv_b` beside the split tensors of the same layer."""
+    """Tensors of the file that no parameter reads, but for an `attn_kv_b` beside the split tensors."""
     return [
         name
         for name in gguf.tensors
@@ -68,8 +68,8 @@ def _checked(gguf: GGUF, path: str, name: str, shape: Shape) -> GGMLQuantization
     info = gguf.tensors[name]
     if info.shape != shape:
         raise GGUFError(
-            f"{info.file}: tensor {name} ({path}) has shape {_show(info.shape)}, but the metadata describes a model where "
-            f"it is {_show(shape)}; the file is inconsistent, or an override is wrong"
+            f"{info.file}: tensor {name} ({path}) has shape {_show(info.shape)}, but the metadata describes a model "
+            f"where it is {_show(shape)}; the file is inconsistent, or an override is wrong"
         )
     return info.ggml_type
 
