@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled library: whether it is there, and its settings."""
+
+from types import ModuleType
+
+import jax.ffi
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from ktx_ffi import _ktx_ffi as module
+    except ImportError as error:
+        return None, (
+            "the CPU kernels were not built: a C++17 compiler was missing when the package was installed, or its "
+            f"build failed; install one and reinstall ({error})"
+        )
+    try:
+        module.isa()
+    except RuntimeError as error:  # KTX_ISA names what this CPU does not have
+        return None, str(error)
+    for name, handler in module.HANDLERS.items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return module, ""
+
+
+_module, _reason = _load()
+
+
+def library() -> ModuleType:
+    """The extension module, its FFI targets registered; raises RuntimeError with the reason if it is not there."""
+    if _module is None:
+        raise RuntimeError(f"ktx_ffi is not available: {_reason}")
+    return _module
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used."""
+    return _module is not None
+
+
+def why_unavailable() -> str:
+    """Why they cannot; empty if they can."""
+    return _reason
+
+
+def isa() -> str:
+    """The instruction set in use: `avx512_bf16`, `avx512`, `avx2` or `portable` (KTX_ISA forces one)."""
+    return library().isa()
+
+
+def threads() -> int:
+    """Threads a call may use, the caller included."""
+    return library().threads()
+
+
+def set_threads(n: int) -> None:
+    """Sets the number of threads; raises ValueError if it is less than one."""
+    library().set_threads(n)

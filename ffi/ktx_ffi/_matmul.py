@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with quantized weights. `dtype` is that of the result, by default that of `x`; sums are float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Int32
+
+from ktx_ffi._library import library
+from ktx_ffi._weights import Handle, operand
+
+
+def _call(name: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: Array | np.ndarray) -> Array:
+    library()
+    result = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ffi.ffi_call(name, result, vmap_method="sequential")(*operands)
+
+
+def matmul(x: Float[Array, "*b K"], w: Handle, n: int, *, dtype: DTypeLike | None = None) -> Float[Array, "*b n"]:
+    """`x @ w.T` for weights `[n, K]`: float32 or bfloat16 `x`, quantized to int8 by block where the weights are.
+
+    Raises when run (`jax.errors.JaxRuntimeError`) if `w` is no live handle or its shape is not `[n, K]`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = _call("ktx_matmul", (rows.shape[0], n), dtype or x.dtype, rows, operand(w))
+    return out.reshape(*x.shape[:-1], n)
+
+
+def batched_matmul(
+    x: Float[Array, "T H K"], w: Handle, n: int, *, dtype: DTypeLike | None = None
+) -> Float[Array, "T H n"]:
+    """`einsum("thk,hnk->thn", x, w)` for weights `[H, n, K]`, such as MLA's absorbed projections. Raises as `matmul`."""
+    return _call("ktx_matmul", (*x.shape[:2], n), dtype or x.dtype, x, operand(w))
+
+
+def experts(
+    x: Float[Array, "T D"],
+    ids: Int32[Array, "T k"],
+    weights: Float[Array, "T k"],
+    gate: Handle,
+    up: Handle,
+    down: Handle,
+    *,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "T D"]:
+    """Mixture of gated experts: the sum over k of `weights * down(silu(gate(x)) * up(x))` of expert `ids`.
+
+    Weights are `[E, F, D]`, `[E, F, D]` and `[E, D, F]`. An id outside `[0, E)` adds nothing. The sum of a token runs in order of
+    its expert ids. Raises as `matmul`.
+    """
+    handles = (operand(gate), operand(up), operand(down))
+    return _call("ktx_experts", x.shape, dtype or x.dtype, x, ids, weights.astype(jnp.float32), *handles)
+
+
+def mlp(
+    x: Float[Array, "*b D"], gate: Handle, up: Handle, down: Handle, *, dtype: DTypeLike | None = None
+) -> Float[Array, "*b D"]:
+    """SwiGLU: `down(silu(gate(x)) * up(x))` with weights `[F, D]`, `[F, D]`, `[D, F]`. Raises as `matmul`."""
+    rows = x.reshape(-1, x.shape[-1])
+    ids = jnp.zeros((rows.shape[0], 1), jnp.int32)
+    weights = jnp.ones((rows.shape[0], 1), jnp.float32)
+    return experts(rows, ids, weights, gate, up, down, dtype=dtype).reshape(x.shape)
+
+
+def embed(ids: Int[Array, "*b"], w: Handle, d: int, *, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b d"]:
+    """Rows `ids` of weights `[V, d]` made with `repack=False`, dequantized. Raises when run if an id is outside `[0, V)`."""
+    rows = _call("ktx_embed", (ids.size, d), dtype, ids.reshape(-1).astype(jnp.int32), operand(w))
+    return rows.reshape(*ids.shape, d)

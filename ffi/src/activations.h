@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// Activations cut into tiles of rows and quantized for a weight type.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace ktx {
+
+struct Tile {
+  int64_t first;   // row
+  int rows;        // rows that count
+  int padded;      // rows of the kernel that runs it
+  int64_t offset;  // padded rows before it
+};
+
+// Appends tiles of nearly equal size for rows [first, first + rows); returns the padded rows so far.
+int64_t append_tiles(const Kernels& kernels, int64_t first, int64_t rows, int64_t offset, std::vector<Tile>* tiles);
+
+// Where the quantized rows of all tiles lie.
+class Activations {
+ public:
+  Activations(Type type, int64_t k) : format_(act_format(type)), k_(k) {}
+
+  const ActFormat& format() const { return format_; }
+  int64_t k() const { return k_; }
+
+  // Bytes for that many padded rows, and the memory (aligned to 64).
+  size_t bytes(int64_t padded_rows) const;
+  void place(uint8_t* memory, int64_t padded_rows);
+
+  ActTile tile(const Tile& t) const {
+    return {q_ + t.offset * k_, d_ + t.offset * scales_per_row(), aux_ + t.offset * aux_per_row()};
+  }
+
+  // Quantizes x into row m of the tile; the last row also fills the padding.
+  void quantize(const Kernels& kernels, const Tile& t, int m, const float* x) const {
+    const ActTile out = tile(t);
+    kernels.quantize(format_, x, k_, out, t.padded, m);
+    if (m + 1 == t.rows) {
+      for (int p = t.rows; p < t.padded; ++p) kernels.quantize(format_, x, k_, out, t.padded, p);
+    }
+  }
+
+  // The part of a tile that begins at column `k`, a multiple of the group.
+  ActTile columns(const Tile& t, int64_t k) const;
+
+ private:
+  int64_t scales_per_row() const { return format_.group == 0 ? k_ : k_ / format_.group; }
+  int64_t aux_per_row() const { return aux_words(k_); }
+  int64_t aux_words(int64_t k) const;
+
+  ActFormat format_;
+  int64_t k_;
+  int8_t* q_ = nullptr;
+  float* d_ = nullptr;
+  int32_t* aux_ = nullptr;
+};
+
+}  // namespace ktx

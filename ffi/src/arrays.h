@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of float32 or bfloat16, as they come from and go to the caller.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+namespace ktx {
+
+struct InputRows {
+  const void* data;
+  bool bf16;
+  int64_t stride;  // elements from row to row
+
+  // Row i as float32: in place, or converted into `buffer` of `n` floats.
+  const float* row(int64_t i, int64_t n, float* buffer) const {
+    if (!bf16) return static_cast<const float*>(data) + i * stride;
+    const uint16_t* source = static_cast<const uint16_t*>(data) + i * stride;
+    for (int64_t j = 0; j < n; ++j) buffer[j] = bf16_to_float(source[j]);
+    return buffer;
+  }
+};
+
+struct OutputRows {
+  void* data;
+  bool bf16;
+  int64_t stride;
+
+  // Columns [first, first + n) of row i.
+  void write(int64_t i, int64_t first, const float* values, int64_t n) const {
+    const int64_t at = i * stride + first;
+    if (!bf16) {
+      std::memcpy(static_cast<float*>(data) + at, values, static_cast<size_t>(n) * sizeof(float));
+      return;
+    }
+    uint16_t* out = static_cast<uint16_t*>(data) + at;
+    for (int64_t j = 0; j < n; ++j) out[j] = float_to_bf16(values[j]);
+  }
+};
+
+}  // namespace ktx

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+// Two passes over the weights. In the first, a unit of work is some hidden columns of one expert: gate, up, the gated unit and
+// quantization for the second. There, a unit is some output columns of all experts, so that no two threads write the same
+// place and a token's sum runs in the order of its experts.
+#include "experts.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+
+#include "expert_plan.h"
+#include "arrays.h"
+#include "isa.h"
+#include "layout.h"
+#include "thread_pool.h"
+
+namespace ktx {
+namespace {
+
+constexpr int64_t kBlockBytes = 384 << 10;   // activations that stay in the second-level cache
+constexpr int64_t kOutputBytes = 256 << 10;  // of a thread's output columns
+constexpr int64_t kSerialValues = 32 << 10;
+constexpr int64_t kTokensAtOnce = 4096;  // bounds the memory of intermediate values
+constexpr int64_t kColumns = 256;        // hidden columns of a unit, and of a quantization group at most
+constexpr int64_t kFewColumns = 64;      // of a unit when there are few
+
+bool same(const ActFormat& a, const ActFormat& b) {
+  return a.group == b.group && a.aux == b.aux && a.offset == b.offset;
+}
+
+// Consecutive tiles whose activations fit the cache.
+struct TileBlock {
+  int64_t expert;
+  int64_t tile_first;
+  int64_t tile_last;
+};
+
+std::vector<TileBlock> block_tiles(const ExpertPlan& plan, int64_t row_bytes) {
+  std::vector<TileBlock> blocks;
+  for (const ExpertPlan::Group& g : plan.groups) {
+    const int64_t widest = plan.tiles[static_cast<size_t>(g.tile_last) - 1].padded;
+    const int64_t size = std::max<int64_t>(1, kBlockBytes / (row_bytes * widest));
+    for (int64_t t = g.tile_first; t < g.tile_last; t += size) {
+      blocks.push_back({g.expert, t, std::min(t + size, g.tile_last)});
+    }
+  }
+  return blocks;
+}
+
+int64_t row_bytes(const Weights& w) { return w.type->group == 0 ? 4 * w.k : w.k; }
+
+class ExpertsRun {
+ public:
+  ExpertsRun(const ExpertsCall& call, int64_t first, int64_t tokens)
+      : call_(call),
+        first_(first),
+        tokens_(tokens),
+        plan_(kernels_, call.ids + first * call.top_k, call.weights + first * call.top_k, tokens, call.top_k,
+              call.gate.lead),
+        gate_in_(call.gate.type->type, call.gate.k),
+        up_in_(call.up.type->type, call.up.k),
+        hidden_(call.down.type->type, call.down.k) {}
+
+  void run() {
+    const bool one_input = same(gate_in_.format(), up_in_.format());
+    blocks_ = block_tiles(plan_, row_bytes(call_.gate));
+    const int64_t column_blocks = (call_.down.k + kColumns - 1) / kColumns;
+    const int64_t units = static_cast<int64_t>(blocks_.size()) * column_blocks;
+    const bool split = units < 16 * threads();
+    const int64_t rows = plan_.padded_rows;
+    const size_t shared = split ? scratch_bytes<float>(static_cast<size_t>(rows * call_.down.k)) : 0;
+    Scratch scratch(gate_in_.bytes(rows) + (one_input ? 0 : up_in_.bytes(rows)) + hidden_.bytes(rows) + shared + 64);
+    gate_in_.place(scratch.take<uint8_t>(gate_in_.bytes(rows)), rows);
+    if (one_input) {
+      up_in_ = gate_in_;
+    } else {
+      up_in_.place(scratch.take<uint8_t>(up_in_.bytes(rows)), rows);
+    }
+    hidden_.place(scratch.take<uint8_t>(hidden_.bytes(rows)), rows);
+    quantize_inputs(one_input);
+    if (split) {
+      hidden_values_split(column_blocks, scratch.take<float>(static_cast<size_t>(rows * call_.down.k)));
+    } else {
+      parallel_for(units, [&](int64_t u) { hidden_values(blocks_[static_cast<size_t>(u / column_blocks)], u % column_blocks); });
+    }
+    output();
+  }
+
+ private:
+  const Tile& tile(int64_t i) const { return plan_.tiles[static_cast<size_t>(i)]; }
+
+  void quantize_inputs(bool one_input) {
+    const int64_t d = call_.gate.k;
+    const InputRows x{call_.x, call_.x_bf16, d};
+    const auto one_tile = [&](int64_t i) {
+      float* buffer =
+          x.bf16 ? reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, static_cast<size_t>(d) * 4)) : nullptr;
+      for (int m = 0; m < tile(i).rows; ++m) {
+        const int64_t token = plan_.token[static_cast<size_t>(tile(i).first + m)];
+        const float* row = x.row(first_ + token, d, buffer);
+        gate_in_.quantize(kernels_, tile(i), m, row);
+        if (!one_input) up_in_.quantize(kernels_, tile(i), m, row);
+      }
+    };
+    const int64_t count = static_cast<int64_t>(plan_.tiles.size());
+    if (plan_.padded_rows * d < kSerialValues) {
+      for (int64_t i = 0; i < count; ++i) one_tile(i);
+    } else {
+      parallel_for(count, one_tile);
+    }
+  }
+
+  // One panel of gate or up times the tiles of a block, into out [rows of the block, 16].
+  void project(const Weights& w, const Activations& in, const TileBlock& b, int64_t panel, float* out) const {
+    const uint8_t* data = w.panel(b.expert, panel);
+    for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
+      kernels_.panel(w.type->type, tile(t).padded)(data, w.kernel_k(), in.tile(tile(t)), out, kPanelRows);
+      out += tile(t).padded * kPanelRows;
+    }
+  }
+
+  // Columns [begin, end) of silu(gate) * up, for a block of tiles; row r of the block goes to out + r * ld.
+  void gated(const TileBlock& b, int64_t begin, int64_t end, float* out, int64_t ld) const {
+    const int64_t rows = padded_rows(b);
+    const size_t size = static_cast<size_t>(rows * kPanelRows);
+    float* gate = reinterpret_cast<float*>(thread_memory(ThreadSlot::kOutput, 2 * size * sizeof(float)));
+    float* up = gate + size;
+    for (int64_t c = begin; c < end; c += kPanelRows) {
+      project(call_.gate, gate_in_, b, c / kPanelRows, gate);
+      project(call_.up, up_in_, b, c / kPanelRows, up);
+      kernels_.silu_mul(gate, up, rows * kPanelRows, gate);
+      const size_t columns = static_cast<size_t>(std::min<int64_t>(kPanelRows, end - c));
+      for (int64_t r = 0; r < rows; ++r) {
+        std::memcpy(out + r * ld + (c - begin), gate + r * kPanelRows, columns * sizeof(float));
+      }
+    }
+  }
+
+  int64_t padded_rows(const TileBlock& b) const {
+    return tile(b.tile_last - 1).offset + tile(b.tile_last - 1).padded - tile(b.tile_first).offset;
+  }
+
+  // Quantizes columns [begin, begin + n) of a block's hidden values, padding included.
+  void quantize_hidden(const TileBlock& b, int64_t begin, int64_t n, const float* values, int64_t ld) const {
+    for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
+      const ActTile out = hidden_.columns(tile(t), begin);
+      for (int m = 0; m < tile(t).padded; ++m, values += ld) {
+        kernels_.quantize(hidden_.format(), values, n, out, tile(t).padded, m);
+      }
+    }
+  }
+
+  void hidden_values(const TileBlock& b, int64_t column_block) const {
+    const int64_t begin = column_block * kColumns;
+    const int64_t end = std::min(begin + kColumns, call_.down.k);
+    const size_t bytes = static_cast<size_t>(padded_rows(b) * kColumns) * sizeof(float);
+    float* values = reinterpret_cast<float*>(thread_memory(ThreadSlot::kHidden, bytes));
+    gated(b, begin, end, values, kColumns);
+    quantize_hidden(b, begin, end - begin, values, kColumns);
+  }
+
+  // The same in smaller units; whichever thread completes a block of columns quantizes it. `values`: [padded rows, F].
+  void hidden_values_split(int64_t column_blocks, float* values) const {
+    const int64_t f = call_.down.k;
+    const int64_t parts = (f + kFewColumns - 1) / kFewColumns;
+    constexpr int64_t kPartsPerBlock = kColumns / kFewColumns;
+    const size_t counters = blocks_.size() * static_cast<size_t>(column_blocks);
+    const std::unique_ptr<std::atomic<int>[]> done(new std::atomic<int>[counters]());
+    parallel_for(static_cast<int64_t>(blocks_.size()) * parts, [&](int64_t unit) {
+      const TileBlock& b = blocks_[static_cast<size_t>(unit / parts)];
+      const int64_t part = unit % parts;
+      const int64_t column_block = part / kPartsPerBlock;
+      float* rows = values + tile(b.tile_first).offset * f;
+      gated(b, part * kFewColumns, std::min((part + 1) * kFewColumns, f), rows + part * kFewColumns, f);
+      const int64_t begin = column_block * kColumns;
+      const int64_t end = std::min(begin + kColumns, f);
+      const int all = static_cast<int>((end - begin + kFewColumns - 1) / kFewColumns);
+      std::atomic<int>& counter = done[static_cast<size_t>(unit / parts * column_blocks + column_block)];
+      if (counter.fetch_add(1, std::memory_order_acq_rel) + 1 == all) {
+        quantize_hidden(b, begin, end - begin, rows + begin, f);
+      }
+    });
+  }
+
+  void output() const {
+    const int64_t panels = call_.down.panels_per_lead();
+    const int64_t fitting = kOutputBytes / (tokens_ * kPanelRows * static_cast<int64_t>(sizeof(float)));
+    const int64_t chunk = std::clamp<int64_t>(std::min(fitting, panels / (8 * threads())), 1, 8);
+    const std::vector<TileBlock> blocks = block_tiles(plan_, row_bytes(call_.down));
+    parallel_for((panels + chunk - 1) / chunk, [&](int64_t unit) {
+      output_columns(blocks, unit * chunk, std::min((unit + 1) * chunk, panels));
+    });
+  }
+
+  // Panels [first, last) of `down` for all tokens.
+  void output_columns(const std::vector<TileBlock>& blocks, int64_t first, int64_t last) const {
+    const Weights& w = call_.down;
+    const int64_t ld = (last - first) * kPanelRows;
+    const size_t bytes = static_cast<size_t>(tokens_ * ld) * sizeof(float);
+    float* sums = reinterpret_cast<float*>(thread_memory(ThreadSlot::kOutput, bytes));
+    std::memset(sums, 0, bytes);
+    alignas(64) float products[kMaxTileRows * kPanelRows];
+    for (const TileBlock& b : blocks) {
+      for (int64_t panel = first; panel < last; ++panel) {
+        const uint8_t* data = w.panel(b.expert, panel);
+        for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
+          kernels_.panel(w.type->type, tile(t).padded)(data, w.kernel_k(), hidden_.tile(tile(t)), products, kPanelRows);
+          const size_t row = static_cast<size_t>(tile(t).first);
+          kernels_.add_rows(products, tile(t).rows, &plan_.weight[row], &plan_.token[row],
+                            sums + (panel - first) * kPanelRows, ld);
+        }
+      }
+    }
+    const OutputRows out{call_.out, call_.out_bf16, w.n};
+    const int64_t columns = std::min(ld, w.n - first * kPanelRows);
+    for (int64_t t = 0; t < tokens_; ++t) out.write(first_ + t, first * kPanelRows, sums + t * ld, columns);
+  }
+
+  const Kernels& kernels_ = kernels();
+  const ExpertsCall& call_;
+  const int64_t first_;
+  const int64_t tokens_;
+  const ExpertPlan plan_;
+  Activations gate_in_;
+  Activations up_in_;
+  Activations hidden_;
+  std::vector<TileBlock> blocks_;
+};
+
+}  // namespace
+
+void experts(const ExpertsCall& call) {
+  for (int64_t first = 0; first < call.tokens; first += kTokensAtOnce) {
+    ExpertsRun(call, first, std::min(kTokensAtOnce, call.tokens - first)).run();
+  }
+}
+
+}  // namespace ktx
