@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference models of `tests/golden`, opened once for all tests that use them."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from golden.golden_variants import VARIANTS, Variant
+
+from ktx_jax.llm import LLM
+
+FOLDER = Path(__file__).with_name("golden")
+LOGITS = np.load(FOLDER / "logits.npz")
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+
+def golden_path(variant: Variant) -> Path:
+    """The variant's file; of a split one, the last part."""
+    part = f"-{variant.parts:05d}-of-{variant.parts:05d}" if variant.parts > 1 else ""
+    return FOLDER / f"{variant.name}{part}.gguf"
+
+
+@cache
+def golden_llm(name: str, dtype: str = "float32", context: int = 256, batch: int = 4) -> LLM:
+    variant = BY_NAME[name]
+    return LLM(golden_path(variant), dtype=dtype, context=context, batch=batch, override=variant.override)
+
+
+def mean_kl(truth: np.ndarray, logits: np.ndarray) -> float:
+    """Nats a token from the distributions of `truth` to those of `logits`, computed in float64."""
+    p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in map(np.float64, (truth, logits)))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def relative_error(truth: np.ndarray, logits: np.ndarray) -> float:
+    """Norm of the difference over the norm of the truth."""
+    return float(np.linalg.norm(np.float64(logits) - truth) / np.linalg.norm(np.float64(truth)))
