@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LLM`: a model from a GGUF file, ready to be asked."""
 
+import numbers
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,8 +136,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
         """Completes one prompt piece by piece; the last piece has the finish reason. Errors come before the first."""
-        request = self._engine.add(self.encode(prompt), params or SamplingParams())
-        return follow(self._engine, self.tokenizer, request)
+        return self._stream(self._engine.check_prompt(self.encode(prompt), room=1), params or SamplingParams())
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, tools: Sequence[Any] | None = None
@@ -156,7 +157,7 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with its special tokens added, ids as they are."""
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(token) for token in prompt]
 
     def encode_chat(self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids of a conversation, up to where the reply begins.
@@ -186,6 +187,10 @@ class LLM:
 
         return fn, self._state
 
+    def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Chunk]:
+        # Queued when the first piece is asked for: a generator that is dropped before then could not take it back.
+        yield from follow(self._engine, self.tokenizer, self._engine.add(prompt, params))
+
     def _complete(self, request: Request) -> Completion:
         chunks = list(follow(self._engine, self.tokenizer, request))
         wanted = request.params.logprobs is not None
@@ -210,7 +215,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     prompts = list(prompts)
-    return [prompts] if prompts and isinstance(prompts[0], int) else prompts
+    return [prompts] if prompts and isinstance(prompts[0], numbers.Integral) else prompts
 
 
 def _dtype(name: str) -> Any:

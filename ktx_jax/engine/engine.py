@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: a model, its cache, and the requests that run on them."""
 
+import operator
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +56,7 @@ class Engine:
 
     def check_prompt(self, prompt: Sequence[int], *, room: int) -> list[int]:
         """The prompt as a list, if it and `room` more tokens fit."""
-        prompt, limit = [int(token) for token in prompt], self.limits.context
+        prompt, limit = [operator.index(token) for token in prompt], self.limits.context
         if not prompt:
             raise KtxError("the prompt is empty: give at least one token")
         if len(prompt) + room > limit:

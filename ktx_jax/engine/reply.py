@@ -64,18 +64,20 @@ def follow(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[C
         while True:
             while not request.unread and request.finish_reason is None:
                 engine.step()
-            token, logprob = request.unread.popleft()
-            text = stops.push(decoder.push(token))
-            logprobs = () if logprob is None else (logprob,)
+            # A request that another thread ends has no token left for its last piece.
+            come = (request.unread.popleft(),) if request.unread else ()
+            text = "".join(stops.push(decoder.push(token)) for token, _ in come)
             last = request.finish_reason is not None and not request.unread
             if last and not stops.met:
                 text += stops.push(decoder.flush())
                 text += stops.flush()
+            ids = tuple(token for token, _ in come)
+            logprobs = tuple(logprob for _, logprob in come if logprob is not None)
             if stops.met:
                 engine.end(request)
-                yield Chunk(text, (token,), logprobs, "stop")
+                yield Chunk(text, ids, logprobs, "stop")
                 return
-            yield Chunk(text, (token,), logprobs, request.finish_reason if last else None)
+            yield Chunk(text, ids, logprobs, request.finish_reason if last else None)
             if last:
                 return
     finally:

@@ -27,7 +27,7 @@ class Run:
     tile: int = field(metadata={"static": True})
 
 
-def new_cache(config: Config, pages: int, page: int, dtype: jnp.dtype) -> Cache:
+def new_cache(config: Config, pages: int, page: int, dtype: jax.typing.DTypeLike) -> Cache:
     """An empty cache. bfloat16 is kept as its bits (uint16): XLA's CPU backend would convert a bfloat16 cache to
     float32 and back at every write."""
     kept = jnp.uint16 if dtype == jnp.bfloat16 else dtype

@@ -17,7 +17,7 @@ Weight: TypeAlias = Float[Array, "..."] | QuantizedArray
 _TILE_VALUES = 1 << 20
 
 
-def _dense(w: Weight, dtype: jnp.dtype) -> jax.Array:
+def _dense(w: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
     return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
 
 
