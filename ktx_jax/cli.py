@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `ktx-jax` command line. What the commands do is in `ktx_jax.commands`, imported when one runs."""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ktx_jax.errors import KtxError
+
+app = typer.Typer(
+    name="ktx-jax",
+    help="Run DeepSeek-V2, V2.5, Coder-V2 and V2-Lite from GGUF files, in JAX.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# click's class of usage errors: typer brings its own copy of click in some versions, and exports only this subclass.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+_debug = False
+
+
+def _set_debug(value: bool) -> bool:
+    global _debug
+    _debug = _debug or value
+    return value
+
+
+Model = Annotated[Path, typer.Argument(help="A GGUF file, any part of a split one, or a directory with one model.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug, is_eager=True, expose_value=False)
+]
+Context = Annotated[
+    int | None, typer.Option(min=2, help="Most tokens of prompt and reply together. [default: 4096 or the model's]")
+]
+Batch = Annotated[int, typer.Option(min=1, help="Most texts that run at once.")]
+Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of activations and cache.")]
+Implementation = Annotated[str | None, typer.Option(help="Of the heavy operations. [default: chosen]")]
+Override = Annotated[
+    list[str], typer.Option(metavar="KEY=VALUE", help="Metadata to lay over the file's, e.g. expert_group_count=4.")
+]
+CpuThreads = Annotated[
+    int | None,
+    typer.Option("--cpu-threads", "--cpu-infer", "--cpu_infer", min=1, help="CPU threads. [default: all]"),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
+TopP = Annotated[float, typer.Option(max=1.0, help="Draw among the likeliest tokens that reach this probability.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw among this many likeliest tokens; 0 for all.")]
+Seed = Annotated[int, typer.Option(min=0, help="Makes the draw repeatable.")]
+Stop = Annotated[list[str], typer.Option(help="A text that ends the reply; may be given several times.")]
+ChatTemplate = Annotated[Path | None, typer.Option(help="A Jinja file, in place of the model's own template.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def _main(debug: Debug = False) -> None:
+    pass
+
+
+@app.command()
+def demo(cpu_threads: CpuThreads = None, debug: Debug = False) -> int:
+    """See the embedded model complete texts and answer."""
+    from ktx_jax.commands.demo import demo
+
+    return demo(cpu_threads)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="A text; several run together.")],
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.3,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    stop: Stop = [],  # noqa: B006  typer's way to say an option that may be absent
+    context: Context = None,
+    batch: Batch = 1,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    override: Override = [],  # noqa: B006
+    cpu_threads: CpuThreads = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Complete a text, printed as it comes."""
+    from ktx_jax.commands.generate import generate
+
+    options = _model_options(model, context, batch, dtype, implementation, override, cpu_threads)
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    return generate(options, prompt, {**sampling, "seed": seed, "stop": stop}, as_json)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="A system message, said first.")] = None,
+    chat_template: ChatTemplate = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.3,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    stop: Stop = [],  # noqa: B006
+    context: Context = None,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    override: Override = [],  # noqa: B006
+    cpu_threads: CpuThreads = None,
+    debug: Debug = False,
+) -> int:
+    """Talk with a model.
+
+    It remembers the conversation. /help lists the commands; Ctrl-C stops a reply.
+    """
+    from ktx_jax.commands.chat import chat
+
+    options = _model_options(model, context, 1, dtype, implementation, override, cpu_threads, chat_template)
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    return chat(options, system, {**sampling, "seed": seed, "stop": stop})
+
+
+@app.command()
+def inspect(model: Model, as_json: AsJson = False, debug: Debug = False) -> int:
+    """Show a file's metadata, types and bytes by part.
+
+    Reads headers only.
+    """
+    from ktx_jax.commands.inspect import inspect
+
+    return inspect(model, as_json)
+
+
+@app.command()
+def bench(
+    model: Model,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    decode: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 32,
+    context: Context = None,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    override: Override = [],  # noqa: B006
+    cpu_threads: CpuThreads = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Measure loading, compilation, prefill and decode."""
+    from ktx_jax.commands.bench import bench
+
+    options = _model_options(model, context, 1, dtype, implementation, override, cpu_threads)
+    return bench(options, prompt, decode, as_json)
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="The GGUF file to write.")],
+    shape: Annotated[Literal["v2-lite", "v2.5", "v2"], typer.Option(help="Whose shapes.")],
+    quant: Annotated[str, typer.Option(help="q4_k_m, q8_0, ...: the mix of types, as in files that people download.")],
+    layers: Annotated[int | None, typer.Option(min=1, help="Only the first layers. [default: all]")] = None,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> int:
+    """Write a file of true shapes with random weights.
+
+    For sizing, speed and sharding work without a download; its text is noise.
+    """
+    from ktx_jax.commands.synth import synth
+
+    return synth(shape, layers, quant, out, seed)
+
+
+def _model_options(
+    model: Path,
+    context: int | None,
+    batch: int,
+    dtype: str,
+    implementation: str | None,
+    override: list[str],
+    cpu_threads: int | None,
+    chat_template: Path | None = None,
+) -> Any:
+    from ktx_jax.commands.common import ModelOptions
+
+    overrides = dict(map(_override, override))
+    return ModelOptions(model, context, batch, dtype, implementation, overrides, cpu_threads, chat_template)
+
+
+def _override(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as JSON if it is that, else as text."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise typer.BadParameter(f"expected KEY=VALUE, found {text!r}", param_hint="--override")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the program: 0 is success, 1 an error, 2 wrong arguments, 130 Ctrl-C. An error is one line on stderr."""
+    global _debug
+    _debug = False
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(args=arguments or ["--help"], prog_name="ktx-jax", standalone_mode=False)
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "ktx-jax"
+        _fail(2, f"{error.format_message()} ({command} --help)")
+    except KtxError as error:
+        _fail(1, str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(130, "stopped")
+    except BrokenPipeError:
+        _fail(1, "the output was closed")
+    except Exception as error:  # ours or a library's bug: still one line, unless asked
+        _fail(1, f"{type(error).__name__}: {error} (--debug shows where)")
+    else:
+        sys.exit(code or 0)
+
+
+def _fail(code: int, message: str) -> None:
+    if _debug:
+        traceback.print_exc()
+    one_line = " ".join(message.split())
+    print(f"ktx-jax: {one_line}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

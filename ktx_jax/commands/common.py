@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several commands share: loading with a progress bar, printing a reply as it comes, stopping on Ctrl-C."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ktx_jax.errors import KtxError
+
+DEFAULT_CONTEXT = 4096
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
+"""For all that is said beside a command's result."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model to load, and how: the options that all commands that compute share."""
+
+    model: Path
+    context: int | None = None
+    batch: int = 1
+    dtype: str = "bfloat16"
+    implementation: str | None = None
+    override: Mapping[str, Any] = field(default_factory=dict)
+    cpu_threads: int | None = None
+    chat_template: Path | None = None
+
+
+def load_llm(options: ModelOptions) -> Any:
+    """The `LLM` that `options` ask for; bytes and time left are shown meanwhile.
+
+    Without `context`, it is 4096 or what the model was made for, whichever is less.
+    """
+    from ktx_jax.llm import LLM, load_config
+
+    longest = load_config(options.model, options.override).max_position_embeddings
+    template = None if options.chat_template is None else read_text(options.chat_template)
+    threads: dict[str, Any] = {} if options.cpu_threads is None else {"cpu_threads": options.cpu_threads}
+    with progress_bar("Loading") as progress:
+        return LLM(
+            options.model,
+            context=options.context or min(DEFAULT_CONTEXT, longest),
+            batch=options.batch,
+            dtype=options.dtype,
+            implementation=options.implementation,
+            override=options.override or None,
+            chat_template=template,
+            progress=progress,
+            **threads,
+        )
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that the user named.
+
+    Raises:
+        KtxError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KtxError(f"{path}: cannot be read as text: {error}") from error
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes and time left on the terminal; gives what to call with bytes done and bytes in all."""
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class Interrupt:
+    """Turns Ctrl-C into a wish that a loop can look at: a model is never stopped halfway through a step."""
+
+    def __init__(self) -> None:
+        self.wished = False
+
+    def __enter__(self) -> "Interrupt":
+        self._before = signal.signal(signal.SIGINT, self._wish)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _wish(self, number: int, frame: FrameType | None) -> None:
+        if self.wished:
+            raise KeyboardInterrupt  # asked twice: the step takes too long
+        self.wished = True
+
+
+@dataclass
+class Reply:
+    """A reply as it was printed, and how fast it came."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    first_token_s: float | None = None
+    decode_tok_s: float | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether Ctrl-C ended it."""
+        return self.finish_reason is None
+
+    def summary(self) -> str:
+        """Tokens and speed in one line."""
+        parts = [f"{len(self.token_ids)} tokens"]
+        if self.first_token_s is not None:
+            parts.append(f"first after {self.first_token_s:.2f} s")
+        if self.decode_tok_s is not None:
+            parts.append(f"then {self.decode_tok_s:.1f} tokens/s")
+        return ", ".join(parts)
+
+
+def receive(chunks: Iterable[Any], show: Callable[[str], None], begun: float) -> Reply:
+    """Passes the pieces of a reply to `show` as they come, until the end or Ctrl-C; times are from `begun`."""
+    reply = Reply()
+    first = last = begun
+    with Interrupt() as interrupt:
+        for chunk in chunks:
+            last = time.perf_counter()
+            if not reply.token_ids:
+                first = last
+            reply.token_ids += chunk.token_ids
+            reply.text += chunk.text
+            reply.finish_reason = chunk.finish_reason
+            show(chunk.text)
+            if interrupt.wished:
+                break
+    close = getattr(chunks, "close", None)
+    if close is not None:
+        close()  # the request leaves the engine
+    if reply.token_ids:
+        reply.first_token_s = first - begun
+    if len(reply.token_ids) > 1 and last > first:
+        reply.decode_tok_s = (len(reply.token_ids) - 1) / (last - first)
+    return reply
+
+
+def say(text: str) -> None:
+    """Writes a model's text as it is; to a terminal, without the control codes that would steer it."""
+    if sys.stdout.isatty():
+        text = "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
