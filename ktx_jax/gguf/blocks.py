@@ -24,6 +24,15 @@ def _f16(blocks: jax.Array, at: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
 
+def _shifts(bits: int) -> jax.Array:
+    """0, bits, 2 bits, ... below 8.
+
+    Written as a slice of an iota: what XLA would compute from one (a product, a comparison), it moves out of the loop
+    over tiles that this runs in, and reads back from memory for every value, several times slower.
+    """
+    return jnp.arange(8, dtype=jnp.uint8)[::bits]
+
+
 def _planes(packed: jax.Array, bits: int, groups: int = 1) -> jax.Array:
     """Unpacks `8 // bits` fields a byte, each group of bytes giving its lowest fields first.
 
@@ -32,7 +41,7 @@ def _planes(packed: jax.Array, bits: int, groups: int = 1) -> jax.Array:
     next in the bits above.
     """
     *lead, n = packed.shape
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
+    shifts = _shifts(bits)[:, None]
     runs = packed.reshape(*lead, groups, 1, n // groups)
     fields = (runs >> shifts) & jnp.uint8((1 << bits) - 1)
     return fields.reshape(*lead, groups * (8 // bits), n // groups)
@@ -48,7 +57,7 @@ def _f32(x: jax.Array) -> jax.Array:
 
 def _high_bits(blocks: jax.Array, at: int) -> jax.Array:
     """Bit i of the 32-bit mask at byte `at`, as 0 or 1: `[*lead, nb, 32]`."""
-    mask = blocks[..., at : at + 4, None] >> jnp.arange(8, dtype=jnp.uint8)
+    mask = blocks[..., at : at + 4, None] >> _shifts(1)
     return (mask & jnp.uint8(1)).reshape(*blocks.shape[:-1], 32)
 
 
@@ -103,10 +112,14 @@ def _k_scales(b: jax.Array) -> tuple[jax.Array, jax.Array]:
     of bytes 0-7.
     """
     low_scale, low_min, high = b[..., None, 4:8], b[..., None, 8:12], b[..., None, 12:16]
-    first = jnp.arange(2)[:, None] == 0
-    scale = jnp.where(first, low_scale & 0x3F, (high & 0x0F) | ((low_scale >> 2) & 0x30))
-    minimum = jnp.where(first, low_min & 0x3F, (high >> 4) | ((low_min >> 2) & 0x30))
-    return _flat(scale, 2), _flat(minimum, 2)
+    last = jnp.arange(2, dtype=jnp.uint8)[:, None]
+
+    def pick(first_four: jax.Array, last_four: jax.Array) -> jax.Array:
+        return _flat(first_four + (last_four - first_four) * last, 2)
+
+    scale = pick(low_scale & 0x3F, (high & 0x0F) | ((low_scale >> 2) & 0x30))
+    minimum = pick(low_min & 0x3F, (high >> 4) | ((low_min >> 2) & 0x30))
+    return scale, minimum
 
 
 def _affine(b: jax.Array, d_at: int, scale: jax.Array, minimum: jax.Array, q: jax.Array) -> jax.Array:
@@ -151,8 +164,8 @@ def _q6_k(b: jax.Array) -> jax.Array:
 
 
 def _iq4_xs(b: jax.Array) -> jax.Array:
-    low = b[..., 4:8, None] >> jnp.array([0, 4], jnp.uint8)
-    high = b[..., 2:4, None] >> jnp.array([0, 2, 4, 6], jnp.uint8)
+    low = b[..., 4:8, None] >> _shifts(4)
+    high = b[..., 2:4, None] >> _shifts(2)
     scale = (_flat(low, 2) & 0x0F) | ((_flat(high, 2) & 0x03) << 4)
     d = _f16(b, 0)[..., None] * _f32(_i8(scale) - jnp.int8(32))
     q = _planes(b[..., 8:], 4, groups=8)  # [..., 16, 16]
@@ -211,14 +224,11 @@ def dequantize(
     bytes.
     """
     if ggml_type not in _FORMATS:
-        raise ValueError(
-            f"{ggml_type.name} blocks are not dequantized in the step: convert them to Q8_0 while loading"
-        )
+        raise ValueError(f"{ggml_type.name} blocks are not dequantized in the step: convert them to Q8_0 while loading")
     type_size = GGML_QUANT_SIZES[ggml_type][1]
     if blocks.shape[-1] != type_size:
         raise ValueError(
-            f"{ggml_type.name} blocks have {type_size} bytes; "
-            f"the last axis of {blocks.shape} has {blocks.shape[-1]}"
+            f"{ggml_type.name} blocks have {type_size} bytes; the last axis of {blocks.shape} has {blocks.shape[-1]}"
         )
     values = _FORMATS[ggml_type](blocks)
     return _flat(values, 2).astype(dtype)
