@@ -53,10 +53,10 @@ def render_chat(
         ChatTemplateError: no template; one that is broken, refuses the messages or exceeds the limits.
         KtxError: messages that are not a list of mappings with a role.
     """
-    if template is None:
+    if not isinstance(template, str):  # a file may hold anything under that key
         raise ChatTemplateError(
-            "the model file has no chat template (tokenizer.chat_template): pass one, chat_template=... in Python "
-            "or --chat-template FILE on the command line"
+            "the model file has no chat template (text under tokenizer.chat_template): pass one, chat_template=... "
+            "in Python or --chat-template FILE on the command line"
         )
     variables = {
         "messages": [_checked(message, i) for i, message in enumerate(messages)],

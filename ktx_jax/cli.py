@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `ktx-jax` command line. What the commands do is in `ktx_jax.commands`, imported when one runs."""
 
+import io
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -207,8 +209,11 @@ def main(arguments: list[str] | None = None) -> None:
     global _debug
     _debug = False
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows few characters still gets the others
     try:
         code = app(args=arguments or ["--help"], prog_name="ktx-jax", standalone_mode=False)
+        sys.stdout.flush()
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "ktx-jax"
         _fail(2, f"{error.format_message()} ({command} --help)")
@@ -216,8 +221,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(1, str(error))
     except (KeyboardInterrupt, typer.Abort):
         _fail(130, "stopped")
-    except BrokenPipeError:
-        _fail(1, "the output was closed")
+    except BrokenPipeError:  # whoever read the output has enough; leave nothing for the interpreter to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:  # ours or a library's bug: still one line, unless asked
         _fail(1, f"{type(error).__name__}: {error} (--debug shows where)")
     else:

@@ -141,6 +141,23 @@ def test_other_errors_too_and_debug_shows_where(run, llm, monkeypatch):
         assert "Traceback" in err
 
 
+def test_a_reader_that_has_enough(small_file):
+    for command in (["inspect", str(small_file)], ["--help"]):
+        program = [sys.executable, "-m", "ktx_jax.cli", *command]
+        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+            assert running.stdout is not None
+            assert running.stderr is not None
+            running.stdout.close()
+            assert running.stderr.read() == b""
+
+
+def test_a_terminal_of_few_characters(small_file):
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    program = [sys.executable, "-m", "ktx_jax.cli", "inspect", str(small_file)]
+    done = subprocess.run(program, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 # generate
 
 
@@ -389,6 +406,30 @@ def test_unknown_quant(run, tmp_path):
     code, _, err = run("synth", "--shape", "v2-lite", "--quant", "q9", str(tmp_path / "x"))
     assert code == 1
     assert "q9" in err
+
+
+def test_a_real_model(run):
+    """All the way: reference model, engine, text."""
+    model = str(Path(__file__).with_name("golden") / "lite.gguf")
+    shape = ("--context", "64")
+    code, out, _ = run("generate", model, "-p", "the", "--max-tokens", "4", "--json", *shape)
+    assert code == 0
+    assert 1 <= len(json.loads(out)["token_ids"]) <= 4
+    code, out, _ = run("bench", model, "--prompt", "8", "--decode", "3", "--json", *shape)
+    assert code == 0
+    assert json.loads(out)["decode_tok_s"] > 0
+    code, _, err = run("generate", model, "-p", "the " * 99, *shape)
+    assert code == 1
+    assert "64" in err
+
+
+def test_a_real_chat(run, monkeypatch):
+    model = str(Path(__file__).with_name("golden") / "lite.gguf")
+    converse(monkeypatch, "the", "in", "long " * 99, "on")
+    code, _, err = run("chat", model, "--context", "64", "--max-tokens", "4")
+    assert code == 0
+    assert err.count("tokens, first after") == 3
+    assert "/reset makes room" in err
 
 
 def test_demo(run, llm, monkeypatch):
