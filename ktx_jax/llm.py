@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ktx_jax.chat import render_chat
+from ktx_jax.chat import Message, encode_chat
 from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.reply import Chunk, follow
 from ktx_jax.engine.requests import FinishReason, Request, SamplingParams, TokenLogprob
@@ -30,7 +30,6 @@ from ktx_jax.sharding.load import Progress, load_model
 from ktx_jax.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int]
-Message: TypeAlias = Mapping[str, Any]
 
 IMPLEMENTATIONS = ("xla",)
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -165,14 +164,7 @@ class LLM:
         Raises:
           KtxError: the model has no chat template, or the template refuses the messages.
         """
-        if self.chat_template is None:
-            raise KtxError(f"{self.path} has no chat template: give one, LLM(..., chat_template=...)")
-        bos, eos = (
-            "" if token is None else self.tokenizer.token_bytes(token).decode()
-            for token in (self.tokenizer.bos_id, self.tokenizer.eos_id)
-        )
-        text = render_chat(self.chat_template, messages, bos_token=bos, eos_token=eos, tools=tools)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return encode_chat(self.tokenizer, self.chat_template, messages, tools=tools)
 
     def functional(self) -> tuple[Callable[[Any, Int[Array, " T"]], Float[Array, "T vocab"]], Any]:
         """The model as a pure function `fn(params, tokens)` and its parameters.
