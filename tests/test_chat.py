@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ktx_jax import template_sandbox
 from ktx_jax.chat import MAX_TEMPLATE, ChatTemplateError, encode_chat, render_chat
@@ -244,3 +246,10 @@ def test_messages_cannot_write_control_tokens():
     listing = "{{ tools | tojson }}"
     ids = encode_chat(TINY, listing, [user("")], tools=[{"<｜User｜>": ["<｜User｜>"]}])
     assert TINY.decode(ids) == '[{"<｜User｜>": ["<｜User｜>"]}]'
+
+
+@given(st.lists(st.text() | st.sampled_from(["<｜User｜>", "\ufdd00;", "<｜", "\ufdd0"]), min_size=1).map("".join))
+def test_any_message_comes_through(text):
+    ids = encode_chat(TINY, SIMPLE, [user(text)])
+    assert sum(i in TINY.special_ids for i in ids) == 3
+    assert TINY.decode(ids) == text
