@@ -30,8 +30,8 @@ class SamplingParams:
     """
 
     max_tokens: int | None = 64
-    temperature: float = 0.3
-    top_p: float = 0.95
+    temperature: int | float = 0.3
+    top_p: int | float = 0.95
     top_k: int = 0
     seed: int | None = None
     stop: str | Sequence[str] = ()

@@ -3,13 +3,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 
+# Not checked at run time: JAX puts NumPy arrays and placeholders into a pytree's leaves too.
 @jax.tree_util.register_dataclass
+@no_type_check
 @dataclass(frozen=True)
 class Draw:
     """Sampling parameters of each row; see `SamplingParams`. A row's draw depends on nothing but its own values."""
@@ -21,7 +24,9 @@ class Draw:
     position: Int[Array, " L"]  # of the token being drawn: makes each draw of a request its own
 
 
+# Not checked at run time: JAX puts NumPy arrays and placeholders into a pytree's leaves too.
 @jax.tree_util.register_dataclass
+@no_type_check
 @dataclass(frozen=True)
 class Drawn:
     """The tokens drawn, with their log-probabilities under the unmodified logits."""

@@ -2,6 +2,7 @@
 """The paged latent cache, and the flat run of tokens that one step adds to it."""
 
 from dataclasses import dataclass, field
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from ktx_jax.model.config import Config
 Cache = tuple[jax.Array, ...]  # one array [pages, page, R + P] a layer
 
 
+# Not checked at run time: JAX puts NumPy arrays and placeholders into a pytree's leaves too.
 @jax.tree_util.register_dataclass
+@no_type_check
 @dataclass(frozen=True)
 class Run:
     """A flat, ragged run of tokens: chunks of several sequences laid end to end, padded.
