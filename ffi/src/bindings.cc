@@ -101,5 +101,8 @@ NB_MODULE(_ktx_ffi, m) {
   nb::dict handlers;
   handlers["ktx_matmul"] = handler(ktx_matmul);
   handlers["ktx_experts"] = handler(ktx_experts);
+  handlers["ktx_mla_attention"] = handler(ktx_mla_attention);
+  handlers["ktx_cache_write"] = handler(ktx_cache_write);
+  handlers["ktx_embed"] = handler(ktx_embed);
   m.attr("HANDLERS") = handlers;
 }

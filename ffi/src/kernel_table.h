@@ -2,6 +2,7 @@
 // Chooses among the instances of the panel kernels. Included after a simd_*.h, in one translation unit an instruction set.
 #pragma once
 
+#include "attention_f32.h"
 #include "panel_kernels.h"
 #include "row_kernels.h"
 
@@ -98,8 +99,8 @@ PanelKernel choose_panel_kernel(Type type, int rows) {
   return nullptr;
 }
 
-constexpr Kernels make_kernels(const char* name) {
-  return {name, kTileRows, choose_panel_kernel, padded_tile_rows, quantize_row, silu_mul, add_rows};
+constexpr Kernels make_kernels() {
+  return {kTileRows, choose_panel_kernel, padded_tile_rows, quantize_row, silu_mul, add_rows, &kAttentionF32};
 }
 
 }  // namespace

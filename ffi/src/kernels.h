@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "attention_kernels.h"
 #include "types.h"
 
 namespace ktx {
@@ -38,7 +39,6 @@ struct ActTile {
 using PanelKernel = void (*)(const uint8_t* panel, int64_t k, const ActTile& x, float* out, int64_t ld);
 
 struct Kernels {
-  const char* name;
   int max_tile_rows;
   // The kernel for tiles of exactly `rows` rows, 1 <= rows <= max_tile_rows, where tile_rows(rows) == rows.
   PanelKernel (*panel)(Type type, int rows);
@@ -50,6 +50,7 @@ struct Kernels {
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);
   // sums[token[m] * ld + r] += weight[m] * values[16 m + r], for rows m in order and r < 16.
   void (*add_rows)(const float* values, int rows, const float* weight, const int64_t* token, float* sums, int64_t ld);
+  const AttentionKernels* attention;  // in float32
 };
 
 }  // namespace ktx

@@ -5,5 +5,5 @@
 #include "kernel_table.h"
 
 namespace ktx {
-const Kernels kAvx2Kernels = make_kernels("avx2");
+const Kernels kAvx2Kernels = make_kernels();
 }  // namespace ktx

@@ -5,5 +5,5 @@
 #include "kernel_table.h"
 
 namespace ktx {
-const Kernels kAvx512Kernels = make_kernels("avx512");
+const Kernels kAvx512Kernels = make_kernels();
 }  // namespace ktx

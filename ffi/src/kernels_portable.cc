@@ -5,5 +5,5 @@
 #include "kernel_table.h"
 
 namespace ktx {
-const Kernels kPortableKernels = make_kernels("portable");
+const Kernels kPortableKernels = make_kernels();
 }  // namespace ktx

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "arrays.h"
+#include "isa.h"
+#include "memory.h"
+#include "thread_pool.h"
+
+namespace ktx {
+namespace {
+
+constexpr int64_t kChunk = 1024;  // positions, a multiple of the tile
+constexpr int64_t kGroupsTogether = 4;  // share each packed tile; their states stay in the second-level cache
+
+// Sixteen heads of one token.
+struct Group {
+  int64_t token;
+  int64_t head;
+  int heads;
+  int64_t length;  // rows it attends
+};
+
+struct Block {  // consecutive groups of one sequence
+  size_t first;
+  size_t last;
+  int64_t sequence;
+  int64_t length;  // of the longest
+};
+
+void check_indices(const AttentionCall& c) {
+  std::vector<int64_t> longest(static_cast<size_t>(c.sequences), 0);
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    const int32_t sequence = c.sequence[t];
+    if (sequence < 0) continue;
+    if (sequence >= c.sequences) {
+      throw std::invalid_argument("token " + std::to_string(t) + " is of sequence " + std::to_string(sequence) +
+                                  ", but block_tables has " + std::to_string(c.sequences));
+    }
+    if (c.positions[t] < 0 || c.positions[t] >= c.max_pages * c.page_size) {
+      throw std::invalid_argument("token " + std::to_string(t) + " is at position " + std::to_string(c.positions[t]) +
+                                  ", outside the " + std::to_string(c.max_pages) + " pages of " +
+                                  std::to_string(c.page_size) + " rows of a block table");
+    }
+    int64_t& length = longest[static_cast<size_t>(sequence)];
+    length = std::max<int64_t>(length, c.positions[t] + 1);
+  }
+  for (int64_t b = 0; b < c.sequences; ++b) {
+    for (int64_t i = 0; i * c.page_size < longest[static_cast<size_t>(b)]; ++i) {
+      const int32_t page = c.block_tables[b * c.max_pages + i];
+      if (page < 0 || page >= c.pages) {
+        throw std::invalid_argument("block table " + std::to_string(b) + " names page " + std::to_string(page) +
+                                    " at entry " + std::to_string(i) + ", but the cache has " + std::to_string(c.pages));
+      }
+    }
+  }
+}
+
+class AttentionRun {
+ public:
+  explicit AttentionRun(const AttentionCall& call)
+      : call_(call), kernels_(attention_kernels(call.cache_bf16)), shape_(call.shape) {
+    query_bytes_ = bytes(kHeadLanes);
+    state_bytes_ = static_cast<size_t>(shape_.state_floats()) * sizeof(float);
+  }
+
+  void run() {
+    make_groups();
+    if (groups_.empty()) return;
+    const int64_t count = static_cast<int64_t>(groups_.size());
+    make_blocks(std::clamp<int64_t>(count / (4 * threads()), 1, kGroupsTogether));
+    if (count < 2 * threads() && longest_ > kChunk) return run_split();
+    // Later tokens attend more rows: the longest work comes first.
+    parallel_for(static_cast<int64_t>(blocks_.size()), [&](int64_t i) {
+      whole_block(blocks_[blocks_.size() - 1 - static_cast<size_t>(i)]);
+    });
+  }
+
+ private:
+  size_t bytes(int64_t rows) const {
+    return static_cast<size_t>(rows * shape_.padded_width()) * kernels_.element_bytes;
+  }
+
+  void make_groups() {
+    for (int64_t t = 0; t < call_.tokens; ++t) {
+      if (call_.sequence[t] < 0) {
+        const size_t row = static_cast<size_t>(call_.heads * shape_.latent) * (call_.q_bf16 ? 2 : 4);
+        std::memset(static_cast<uint8_t*>(call_.out) + static_cast<size_t>(t) * row, 0, row);
+        continue;
+      }
+      for (int64_t h = 0; h < call_.heads; h += kHeadLanes) {
+        const int heads = static_cast<int>(std::min<int64_t>(kHeadLanes, call_.heads - h));
+        groups_.push_back({t, h, heads, call_.positions[t] + 1});
+        longest_ = std::max(longest_, groups_.back().length);
+      }
+    }
+  }
+
+  void make_blocks(int64_t together) {
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      const int64_t sequence = call_.sequence[groups_[i].token];
+      const bool joins = !blocks_.empty() && blocks_.back().sequence == sequence &&
+                         static_cast<int64_t>(i - blocks_.back().first) < together;
+      if (!joins) blocks_.push_back({i, i, sequence, 0});
+      blocks_.back().last = i + 1;
+      blocks_.back().length = std::max(blocks_.back().length, groups_[i].length);
+    }
+  }
+
+  const void* cache_row(int64_t sequence, int64_t position) const {
+    const int64_t page = call_.block_tables[sequence * call_.max_pages + position / call_.page_size];
+    const int64_t row = page * call_.page_size + position % call_.page_size;
+    const int64_t size = (shape_.latent + shape_.rope) * (call_.cache_bf16 ? 2 : 4);
+    return static_cast<const uint8_t*>(call_.cache) + row * size;
+  }
+
+  void pack_query(const Group& g, uint8_t* out) const {
+    const int64_t row = g.token * call_.heads + g.head;
+    const size_t latent = static_cast<size_t>(g.heads * shape_.latent);
+    const size_t rope = static_cast<size_t>(g.heads * shape_.rope);
+    float* buffer = reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, (latent + rope) * sizeof(float)));
+    const InputRows latents{call_.q_latent, call_.q_bf16, shape_.latent};
+    const InputRows ropes{call_.q_rope, call_.q_bf16, shape_.rope};
+    const float* l = latents.row(row, static_cast<int64_t>(latent), buffer);
+    const float* r = ropes.row(row, static_cast<int64_t>(rope), buffer + latent);
+    kernels_.pack_query(shape_, l, r, g.heads, out);
+  }
+
+  void write(const Group& g, const float* state) const {
+    const int64_t n = g.heads * shape_.latent;
+    float* values = reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, static_cast<size_t>(n) * sizeof(float)));
+    kernels_.finish(shape_, state, g.heads, values);
+    const OutputRows out{call_.out, call_.q_bf16, shape_.latent};
+    out.write(g.token * call_.heads + g.head, 0, values, n);
+  }
+
+  // One chunk of positions for every group of a block, each into its own state.
+  void chunk(const Block& b, int64_t first, const uint8_t* queries, uint8_t* tile, float* const* states) const {
+    const int64_t last = std::min(first + kChunk, b.length);
+    for (int64_t begin = first; begin < last; begin += kTilePositions) {
+      const int n = static_cast<int>(std::min<int64_t>(kTilePositions, last - begin));
+      const void* rows[kTilePositions];
+      for (int i = 0; i < n; ++i) rows[i] = cache_row(b.sequence, begin + i);
+      kernels_.pack_tile(shape_, rows, n, call_.cache_bf16, tile);
+      for (size_t g = b.first; g < b.last; ++g) {
+        const int valid = static_cast<int>(std::min<int64_t>(n, groups_[g].length - begin));
+        if (valid <= 0) continue;
+        kernels_.attend(shape_, queries + (g - b.first) * query_bytes_, tile, valid, call_.scale, states[g - b.first]);
+      }
+    }
+  }
+
+  void whole_block(const Block& b) const {
+    const size_t n = b.last - b.first;
+    uint8_t* memory =
+        thread_memory(ThreadSlot::kHidden, n * (query_bytes_ + 2 * state_bytes_) + bytes(kTilePositions));
+    uint8_t* queries = memory + bytes(kTilePositions);
+    float* states[kGroupsTogether];
+    float* partial[kGroupsTogether];
+    for (size_t i = 0; i < n; ++i) {
+      pack_query(groups_[b.first + i], queries + i * query_bytes_);
+      states[i] = reinterpret_cast<float*>(queries + n * query_bytes_ + i * state_bytes_);
+      partial[i] = reinterpret_cast<float*>(queries + n * (query_bytes_ + state_bytes_) + i * state_bytes_);
+      kernels_.reset(shape_, states[i]);
+    }
+    chunk(b, 0, queries, memory, states);
+    for (int64_t first = kChunk; first < b.length; first += kChunk) {
+      for (size_t i = 0; i < n; ++i) kernels_.reset(shape_, partial[i]);
+      chunk(b, first, queries, memory, partial);
+      for (size_t i = 0; i < n; ++i) {
+        if (groups_[b.first + i].length > first) kernels_.merge(shape_, partial[i], states[i]);
+      }
+    }
+    for (size_t i = 0; i < n; ++i) write(groups_[b.first + i], states[i]);
+  }
+
+  // Few groups over long contexts: every chunk is a unit of work. Blocks are of one group here.
+  void run_split() const {
+    const int64_t chunks = (longest_ + kChunk - 1) / kChunk;
+    const int64_t count = static_cast<int64_t>(blocks_.size());
+    const size_t query_total = static_cast<size_t>(count) * query_bytes_;
+    Scratch scratch(query_total + static_cast<size_t>(count * chunks) * state_bytes_ + 64);
+    uint8_t* queries = scratch.take<uint8_t>(query_total);
+    float* states = scratch.take<float>(static_cast<size_t>(count * chunks * shape_.state_floats()));
+    const auto state = [&](int64_t block, int64_t c) { return states + (block * chunks + c) * shape_.state_floats(); };
+    for (int64_t i = 0; i < count; ++i) pack_query(group_of(i), queries + static_cast<size_t>(i) * query_bytes_);
+    parallel_for(count * chunks, [&](int64_t unit) {
+      const int64_t i = unit / chunks;
+      const int64_t c = unit % chunks;
+      const Block& b = blocks_[static_cast<size_t>(i)];
+      if (c * kChunk >= b.length) return;
+      float* mine = state(i, c);
+      kernels_.reset(shape_, mine);
+      uint8_t* tile = thread_memory(ThreadSlot::kHidden, bytes(kTilePositions));
+      chunk(b, c * kChunk, queries + static_cast<size_t>(i) * query_bytes_, tile, &mine);
+    });
+    parallel_for(count, [&](int64_t i) {
+      const int64_t used = (blocks_[static_cast<size_t>(i)].length + kChunk - 1) / kChunk;
+      for (int64_t c = 1; c < used; ++c) kernels_.merge(shape_, state(i, c), state(i, 0));
+      write(group_of(i), state(i, 0));
+    });
+  }
+
+  const Group& group_of(int64_t block) const { return groups_[blocks_[static_cast<size_t>(block)].first]; }
+
+  const AttentionCall& call_;
+  const AttentionKernels& kernels_;
+  const LatentShape shape_;
+  size_t query_bytes_;
+  size_t state_bytes_;
+  std::vector<Group> groups_;
+  std::vector<Block> blocks_;
+  int64_t longest_ = 0;
+};
+
+}  // namespace
+
+void mla_attention(const AttentionCall& call) {
+  check_indices(call);
+  AttentionRun(call).run();
+}
+
+}  // namespace ktx

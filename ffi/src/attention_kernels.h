@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// The interface between MLA attention and its kernels.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ktx {
+
+inline constexpr int kHeadLanes = 16;  // heads that are computed together
+inline constexpr int kTilePositions = 64;
+
+// Widths of a cache row's two parts, and those padded with zeros to whole vectors.
+struct LatentShape {
+  int64_t latent;
+  int64_t rope;
+
+  int64_t padded_latent() const { return (latent + 31) / 32 * 32; }
+  int64_t padded_width() const { return padded_latent() + (rope + 31) / 32 * 32; }
+  // A softmax under way: largest score, sum of weights [16] each, weighted sum of latents [16, padded_latent].
+  int64_t state_floats() const { return kHeadLanes * (2 + padded_latent()); }
+};
+
+struct AttentionKernels {
+  size_t element_bytes;  // of packed queries and tiles: 16 * padded_width and 64 * padded_width elements
+  // Packs `heads` <= 16 rows of float32 queries.
+  void (*pack_query)(const LatentShape& shape, const float* latent, const float* rope, int heads, uint8_t* out);
+  // Packs n <= 64 cache rows, bfloat16 or float32.
+  void (*pack_tile)(const LatentShape& shape, const void* const* rows, int n, bool bf16, uint8_t* out);
+  // Begins a state that has seen nothing.
+  void (*reset)(const LatentShape& shape, float* state);
+  // Attends the first `valid` rows of a tile.
+  void (*attend)(const LatentShape& shape, const uint8_t* query, const uint8_t* tile, int valid, float scale,
+                 float* state);
+  // state = both, `later` after it.
+  void (*merge)(const LatentShape& shape, const float* later, float* state);
+  // out[h, r] for `heads` heads, [heads, latent].
+  void (*finish)(const LatentShape& shape, const float* state, int heads, float* out);
+};
+
+}  // namespace ktx

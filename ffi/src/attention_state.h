@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// The running softmax of 16 heads (lanes), shared by the float32 and bfloat16 attention kernels. Included after a simd_*.h.
+#pragma once
+
+#include "attention_kernels.h"
+#include "math_kernels.h"
+
+namespace ktx {
+namespace {
+
+constexpr float kLowest = -3.0e38f;  // below every score; finite, so that differences are not NaN
+
+struct State {
+  float* top;   // [16] largest score so far
+  float* sum;   // [16] sum of exp(score - top)
+  float* mean;  // [16, padded_latent] the same weights times latents
+
+  explicit State(float* p) : top(p), sum(p + kHeadLanes), mean(p + 2 * kHeadLanes) {}
+};
+
+void reset_state(const LatentShape& shape, float* p) {
+  const State s(p);
+  store_f(s.top, set_f(kLowest));
+  store_f(s.sum, zero_f());
+  for (int64_t i = 0; i < kHeadLanes * shape.padded_latent(); i += 16) store_f(s.mean + i, zero_f());
+}
+
+// Scores [64, 16] become weights relative to the largest score so far, round(weight) each; returns in `fade` [16] what earlier
+// weights are to be multiplied by.
+template <typename Round>
+KTX_INLINE void softmax_tile(float* scores, int valid, const State& s, float* fade, Round round) {
+  const F32 before = load_f(s.top);
+  F32 top = before;
+  for (int i = 0; i < valid; ++i) top = max_f(load_f(scores + 16 * i), top);
+  const F32 kept = exp_f(sub_f(before, top));
+  F32 sum = zero_f();
+  for (int i = 0; i < valid; ++i) {
+    const F32 weight = round(exp_f(sub_f(load_f(scores + 16 * i), top)));
+    store_f(scores + 16 * i, weight);
+    sum = add_f(sum, weight);
+  }
+  store_f(s.top, top);
+  store_f(s.sum, fma_f(load_f(s.sum), kept, sum));
+  store_f(fade, kept);
+}
+
+void merge_states(const LatentShape& shape, const float* later, float* state) {
+  const State a(state);
+  const State b(const_cast<float*>(later));
+  const F32 top = max_f(load_f(a.top), load_f(b.top));
+  alignas(64) float fade_a[kHeadLanes];
+  alignas(64) float fade_b[kHeadLanes];
+  store_f(fade_a, exp_f(sub_f(load_f(a.top), top)));
+  store_f(fade_b, exp_f(sub_f(load_f(b.top), top)));
+  store_f(a.top, top);
+  store_f(a.sum, fma_f(load_f(b.sum), load_f(fade_b), mul_f(load_f(a.sum), load_f(fade_a))));
+  const int64_t width = shape.padded_latent();
+  for (int h = 0; h < kHeadLanes; ++h) {
+    for (int64_t i = h * width; i < (h + 1) * width; i += 16) {
+      const F32 earlier = mul_f(load_f(a.mean + i), set_f(fade_a[h]));
+      store_f(a.mean + i, fma_f(load_f(b.mean + i), set_f(fade_b[h]), earlier));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ktx
