@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from golden.golden_variants import VARIANTS, Variant
 
+from ktx_jax.engine.engine import Engine
+from ktx_jax.engine.scheduler import Limits
 from ktx_jax.llm import LLM
 
 FOLDER = Path(__file__).with_name("golden")
@@ -24,6 +26,21 @@ def golden_path(variant: Variant) -> Path:
 def golden_llm(name: str, dtype: str = "float32", context: int = 256, batch: int = 4) -> LLM:
     variant = BY_NAME[name]
     return LLM(golden_path(variant), dtype=dtype, context=context, batch=batch, override=variant.override)
+
+
+# Buckets of 8 and 32 tokens at prefill, of 1 and 2 at decode; pages of 64; three pages a sequence.
+SMALL_LIMITS = Limits(context=160, batch=2, page=64, chunk=32, tile=8)
+
+
+@cache
+def small_llm() -> LLM:
+    """A reference model on an engine of few, small shapes: page and bucket edges are near, compilation is short."""
+    llm = golden_llm("split", context=SMALL_LIMITS.context, batch=SMALL_LIMITS.batch)
+    llm._engine = Engine(
+        llm.config, llm._graphdef, llm._state, SMALL_LIMITS,
+        dtype=llm.dtype, device=llm.device, eos_ids=llm.tokenizer.eos_ids,
+    )  # fmt: skip
+    return llm
 
 
 def mean_kl(truth: np.ndarray, logits: np.ndarray) -> float:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""However a sequence is cut into steps, and whatever shares them, its logits are those of one whole pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_models import LOGITS, SMALL_LIMITS, golden_llm, relative_error, small_llm
+
+from ktx_jax.engine.engine import Engine
+from ktx_jax.engine.requests import Request, SamplingParams
+from ktx_jax.engine.scheduler import Limits, Share, Work
+from ktx_jax.engine.step import logits_step, make_run
+from ktx_jax.llm import LLM
+from ktx_jax.model.cache import new_cache
+
+LENGTH = 150
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+class Sequences:
+    """Several sequences driven through the compiled steps by hand, on shuffled pages."""
+
+    def __init__(self, llm: LLM, limits: Limits, tokens: np.ndarray):
+        self.llm, self.limits = llm, limits
+        self.cache = new_cache(llm.config, limits.pages, limits.page, llm.dtype)
+        pages = np.random.default_rng(1).permutation(limits.pages).tolist()
+        self.requests = [Request(row.tolist(), SamplingParams(), 0) for row in tokens]
+        for request in self.requests:
+            request.pages = [pages.pop() for _ in range(limits.pages_per_sequence)]
+        self.logits = np.full((*tokens.shape, llm.config.vocab_size), np.nan, np.float32)
+
+    def run(self, stops: dict[int, int], *, decode: bool) -> None:
+        """One step that takes each row in `stops` up to that position."""
+        shares = tuple(Share(self.requests[row], self.requests[row].computed, stop) for row, stop in stops.items())
+        run, last = make_run(Work(shares, decode), self.limits)
+        llm, at = self.llm, jnp.arange(run.tokens.shape[0])
+        out, self.cache = logits_step(llm._graphdef, llm._state, self.cache, run, at, dtype=llm.dtype)
+        for row, share, end in zip(stops, shares, last + 1, strict=False):
+            self.logits[row, share.start : share.stop] = out[end - (share.stop - share.start) : end]
+            share.request.computed = share.stop
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return small_llm()
+
+
+@pytest.fixture(scope="module")
+def tokens(llm) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, llm.config.vocab_size, (2, LENGTH))
+
+
+@pytest.fixture(scope="module")
+def whole(llm, tokens) -> np.ndarray:
+    """Logits of each sequence in one pass without a cache."""
+    fn, params = llm.functional()
+    return np.asarray(jax.jit(jax.vmap(fn, (None, 0)))(params, jnp.asarray(tokens, jnp.int32)))
+
+
+@pytest.fixture(scope="module")
+def engine(llm) -> Engine:
+    return llm._engine
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, LENGTH])
+def test_chunks_of_a_prompt(engine, tokens, whole, length):
+    logits = engine.logits(tokens[0, :length].tolist())
+    np.testing.assert_allclose(logits, whole[0, :length], **CLOSE)
+
+
+def test_token_by_token(llm, tokens, whole):
+    sequences = Sequences(llm, SMALL_LIMITS, tokens[:1])
+    for stop in range(1, LENGTH + 1):
+        sequences.run({0: stop}, decode=True)
+    np.testing.assert_allclose(sequences.logits[0], whole[0], **CLOSE)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_mixture_of_steps(llm, tokens, whole, seed):
+    """Ragged chunks and decode steps, of one sequence or both, in any order."""
+    rng, sequences = np.random.default_rng(seed), Sequences(llm, SMALL_LIMITS, tokens)
+    while left := [row for row, request in enumerate(sequences.requests) if request.computed < LENGTH]:
+        rows = rng.permutation(left)[: rng.integers(1, 3)].tolist()
+        decode = bool(rng.integers(2))
+        most = 1 if decode else SMALL_LIMITS.chunk // len(rows)
+        stops = {row: sequences.requests[row].computed + int(rng.integers(1, most + 1)) for row in rows}
+        sequences.run({row: min(stop, LENGTH) for row, stop in stops.items()}, decode=decode)
+    np.testing.assert_allclose(sequences.logits, whole, **CLOSE)
+
+
+def test_past_the_original_context():
+    """Prefill in chunks to 4090, decode to 4200: one whole pass, and transformers, say the same."""
+    llm, tokens = golden_llm("grouped", context=4224, batch=1), LOGITS["long.tokens"].astype(np.int32)
+    sequences = Sequences(llm, llm._engine.limits, tokens[None])
+    for stop in [*range(512, 4090, 512), 4090]:
+        sequences.run({0: stop}, decode=False)
+    for stop in range(4091, len(tokens) + 1):
+        sequences.run({0: stop}, decode=True)
+    fn, params = llm.functional()
+    whole = np.asarray(jax.jit(fn)(params, jnp.asarray(tokens)))
+    np.testing.assert_allclose(sequences.logits[0], whole, **CLOSE)
+    at = LOGITS["long.at"]
+    assert relative_error(LOGITS["long.logits"], sequences.logits[0, at]) < 1e-4
+    assert relative_error(LOGITS["long.logits"], whole[at]) < 1e-4
+
+
+def test_drawn_tokens_are_the_most_likely_of_the_logits(engine, llm):
+    """What the engine's own steps draw, over page and chunk edges, is what a whole pass makes most likely."""
+    prompt = list(range(3, 61))
+    requests = [engine.add(p, SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)) for p in (prompt, [9])]
+    while engine.step():
+        pass
+    for request in requests:
+        assert request.finish_reason == "length"
+        logits = engine.logits(request.prompt + request.output)
+        assert logits[len(request.prompt) - 1 : -1].argmax(-1).tolist() == request.output
+    assert len(engine._scheduler.free_pages) == SMALL_LIMITS.pages
