@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LLM`: a model from a GGUF file, ready to be asked."""
 
+import logging
 import numbers
 import operator
 import os
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import ktx_ffi
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -29,9 +31,11 @@ from ktx_jax.model.modules import causal_logits
 from ktx_jax.sharding.load import Progress, load_model
 from ktx_jax.tokenizer import Tokenizer
 
+log = logging.getLogger("ktx_jax")
+
 Prompt: TypeAlias = str | Sequence[int]
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "ffi")
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -73,10 +77,14 @@ class LLM:
       context: the most tokens of a sequence, prompt and reply together.
       batch: the most sequences that run at once; the cache is made for `batch` whole contexts.
       dtype: "float32" (exact) or "bfloat16", of activations and cache. Weights stay as the file has them.
-      implementation: of the heavy operations; "xla" is exact and runs everywhere. None chooses.
+      implementation: of the heavy operations: "xla" is exact and runs everywhere, "ffi" is fast on CPUs (activations
+        become int8 where weights are quantized). None takes the fast one where it runs.
       override: metadata values laid over the file's, e.g. `{"expert_group_count": 4}`.
       devices: the device to run on, as a list of one; None for JAX's default.
       chat_template: a Jinja template for `chat`, in place of the file's own.
+      cpu_threads: threads of the CPU kernels, for the whole process; None for one a physical core.
+      repack: with "ffi", copy weights into the kernels' own layout; False reads the mapped file as it is: it starts at
+        once and computes more slowly.
       progress: called with bytes loaded and bytes in all.
 
     Raises:
@@ -95,23 +103,30 @@ class LLM:
         override: Mapping[str, Any] | None = None,
         devices: Sequence[jax.Device] | None = None,
         chat_template: str | None = None,
+        cpu_threads: int | None = None,
+        repack: bool = True,
         progress: Progress | None = None,
     ):
         begun = time.perf_counter()
         self.dtype = _dtype(dtype)
-        self.implementation = _implementation(implementation)
         self.device = _device(devices)
+        self.implementation = _implementation(implementation, self.device, self.dtype)
+        if cpu_threads is not None:
+            _set_cpu_threads(cpu_threads)
         use_compilation_cache()
         with open_gguf(path) as gguf:
             check_architecture(gguf)
             self.path = Path(path)
             self.config = config_from_gguf(gguf.metadata, gguf.tensors, override=override, file=str(path))
-            limits = _limits(self.config, context, batch)
+            limits = _limits(self.config, context, batch, self.implementation)
             self.tokenizer = Tokenizer.from_gguf(gguf)
             self.chat_template: str | None = chat_template or gguf.metadata.get("tokenizer.chat_template")
-            self._graphdef, self._state = load_model(gguf, self.config, device=self.device, progress=progress)
+            self._model = load_model(
+                gguf, self.config,
+                device=self.device, implementation=self.implementation, repack=repack, progress=progress,
+            )  # fmt: skip
         self._engine = Engine(
-            self.config, self._graphdef, self._state, limits,
+            self.config, self._model.graphdef, self._model.state, limits,
             dtype=self.dtype, device=self.device, eos_ids=self.tokenizer.eos_ids,
         )  # fmt: skip
         self.load_seconds = time.perf_counter() - begun
@@ -170,14 +185,19 @@ class LLM:
         """The model as a pure function `fn(params, tokens)` and its parameters.
 
         The function computes every position's logits of one sequence, without a cache, over the XLA path; it can be
-        jitted, mapped, and differentiated with respect to activations. The parameters are a pytree of arrays.
+        jitted, mapped, and differentiated with respect to activations. The parameters are a pytree of arrays; where
+        this model runs on the CPU kernels, they are read from the file anew, for XLA.
         """
-        graphdef, dtype = self._graphdef, self.dtype
+        model, dtype = self._model, self.dtype
+        if self.implementation != "xla":
+            with open_gguf(self.path) as gguf:
+                model = load_model(gguf, self.config, device=self.device, implementation="xla")
+        graphdef = model.graphdef
 
         def fn(params: Any, tokens: Int[Array, " T"]) -> Float[Array, "T vocab"]:
             return causal_logits(nnx.merge(graphdef, params), tokens, dtype=dtype)
 
-        return fn, self._state
+        return fn, model.state
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Chunk]:
         # Queued when the first piece is asked for: a generator that is dropped before then could not take it back.
@@ -216,10 +236,26 @@ def _dtype(name: str) -> Any:
     return _DTYPES[name]
 
 
-def _implementation(name: str | None) -> str:
+def _implementation(name: str | None, device: jax.Device, dtype: Any) -> str:
     if name is not None and name not in IMPLEMENTATIONS:
         raise KtxError(f"implementation should be one of {', '.join(IMPLEMENTATIONS)}; found {name!r}")
-    return name or "xla"
+    if name == "xla" or (name is None and device.platform != "cpu"):
+        return "xla"
+    if device.platform != "cpu":
+        raise KtxError(f"implementation 'ffi' computes on CPUs; the device is {device}")
+    if not ktx_ffi.available():
+        if name == "ffi":
+            raise KtxError(f"implementation 'ffi' cannot run: {ktx_ffi.why_unavailable()}")
+        log.warning("the CPU kernels cannot run, XLA computes in their place: %s", ktx_ffi.why_unavailable())
+        return "xla"
+    return "ffi"
+
+
+def _set_cpu_threads(count: int) -> None:
+    if count < 1:
+        raise KtxError(f"cpu_threads should be at least 1; found {count}")
+    if ktx_ffi.available():
+        ktx_ffi.set_threads(count)
 
 
 def _device(devices: Sequence[jax.Device] | None) -> jax.Device:
@@ -230,9 +266,10 @@ def _device(devices: Sequence[jax.Device] | None) -> jax.Device:
     return devices[0]
 
 
-def _limits(config: Config, context: int, batch: int) -> Limits:
+def _limits(config: Config, context: int, batch: int, implementation: str) -> Limits:
     if not 1 < context <= config.max_position_embeddings:
         raise KtxError(f"context should be from 2 to the model's {config.max_position_embeddings}; found {context}")
     if batch < 1:
         raise KtxError(f"batch should be at least 1; found {batch}")
-    return Limits(context, batch)
+    # The CPU kernels compute every padded row, and take sequences of any length side by side.
+    return Limits(context, batch, tile=1, growth=2) if implementation == "ffi" else Limits(context, batch)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`QuantizedArray`: a weight kept as the raw ggml blocks of its file."""
+"""Weights as they lie in memory: `QuantizedArray`, the file's own ggml blocks, and `HostArray`, behind handles."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,3 +53,28 @@ class QuantizedArray:
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*lead K"]:
         """The values, computed in float32 and then cast; bit-equal to gguf-py's in float32."""
         return dequantize(self.data, self.ggml_type, dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class HostArray:
+    """A quantized weight in host memory, in the layout of the CPU kernels, behind handles of `ktx_ffi.Weights`.
+
+    A pytree with one leaf: uint32 handles, one for each shard, in a grid with as many axes as the weight. The handles
+    are data, so compiled programs do not depend on them; a shard's logical shape and type are static. Whoever makes
+    one keeps the `Weights` alive.
+    """
+
+    handles: Any  # UInt32[Array, "*grid"]
+    shard_shape: tuple[int, ...] = field(metadata={"static": True})
+    ggml_type: GGMLQuantizationType = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape of all shards together."""
+        return tuple(n * size for n, size in zip(self.handles.shape, self.shard_shape, strict=True))
+
+    @property
+    def ndim(self) -> int:
+        """The number of logical axes."""
+        return len(self.shard_shape)

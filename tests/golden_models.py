@@ -25,7 +25,10 @@ def golden_path(variant: Variant) -> Path:
 @cache
 def golden_llm(name: str, dtype: str = "float32", context: int = 256, batch: int = 4) -> LLM:
     variant = BY_NAME[name]
-    return LLM(golden_path(variant), dtype=dtype, context=context, batch=batch, override=variant.override)
+    return LLM(
+        golden_path(variant), dtype=dtype, context=context, batch=batch, implementation="xla",
+        override=variant.override,
+    )  # fmt: skip
 
 
 # Buckets of 8 and 32 tokens at prefill, of 1 and 2 at decode; pages of 64; three pages a sequence.
@@ -37,7 +40,7 @@ def small_llm() -> LLM:
     """A reference model on an engine of few, small shapes: page and bucket edges are near, compilation is short."""
     llm = golden_llm("split", context=SMALL_LIMITS.context, batch=SMALL_LIMITS.batch)
     llm._engine = Engine(
-        llm.config, llm._graphdef, llm._state, SMALL_LIMITS,
+        llm.config, llm._model.graphdef, llm._model.state, SMALL_LIMITS,
         dtype=llm.dtype, device=llm.device, eos_ids=llm.tokenizer.eos_ids,
     )  # fmt: skip
     return llm

@@ -58,7 +58,7 @@ def test_golden_past_the_original_context():
 )
 def test_golden_files_would_show_an_error(override):
     """The reference logits tell a model that differs in one constant from the right one."""
-    logits = LLM(golden_path(BY_NAME["grouped"]), dtype="float32", context=64, batch=1, override=override).logits(
+    logits = LLM(golden_path(BY_NAME["grouped"]), dtype="float32", implementation="xla", context=64, batch=1, override=override).logits(
         LOGITS["grouped.tokens"].tolist()
     )
     assert relative_error(LOGITS["grouped.logits"], logits) > 1e-2
@@ -67,21 +67,21 @@ def test_golden_files_would_show_an_error(override):
 def test_a_directory_is_a_model(tmp_path):
     for part in golden_path(BY_NAME["split"]).parent.glob("split-*.gguf"):
         shutil.copy(part, tmp_path)
-    llm = LLM(tmp_path, dtype="float32", context=256, batch=4)
+    llm = LLM(tmp_path, dtype="float32", implementation="xla", context=256, batch=4)
     check(LOGITS["split.logits"], llm.logits(LOGITS["split.tokens"].tolist()))
 
 
 @pytest.mark.parametrize("name", ORACLE)
 def test_oracle(oracle, name):
     truth, tokens = oracle_logits(oracle, name)
-    llm = LLM(oracle / name, dtype="float32", context=256, batch=2, override=ORACLE[name])
+    llm = LLM(oracle / name, dtype="float32", implementation="xla", context=256, batch=2, override=ORACLE[name])
     check(truth, llm.logits(tokens))
 
 
 @pytest.mark.parametrize("name", ORACLE)
 def test_oracle_in_bfloat16(oracle, name):
     truth, tokens = oracle_logits(oracle, name)
-    llm = LLM(oracle / name, dtype="bfloat16", context=256, batch=2, override=ORACLE[name])
+    llm = LLM(oracle / name, dtype="bfloat16", implementation="xla", context=256, batch=2, override=ORACLE[name])
     assert mean_kl(truth, llm.logits(tokens)) < 2e-3
 
 

@@ -17,6 +17,7 @@ class Limits:
       page: positions in a cache page.
       chunk: the most prompt tokens in a step, padding included.
       tile: a sequence's share of a prefill step is padded to a multiple of this.
+      growth: of the lengths of prefill steps, up to `chunk`.
     """
 
     context: int
@@ -24,6 +25,7 @@ class Limits:
     page: int = 64
     chunk: int = 512
     tile: int = 16
+    growth: int = 4
 
     @property
     def pages_per_sequence(self) -> int:
@@ -34,8 +36,8 @@ class Limits:
         return self.batch * self.pages_per_sequence
 
     def bucket(self, tokens: int, *, decode: bool) -> int:
-        """The padded length of a step: a power of two of sequences at decode, of four of tiles at prefill."""
-        top, size, growth = (self.batch, 1, 2) if decode else (self.chunk, self.tile, 4)
+        """The padded length of a step: a power of two of sequences at decode, `growth` to a power at prefill."""
+        top, size, growth = (self.batch, 1, 2) if decode else (self.chunk, max(self.tile, 16), self.growth)
         while size < tokens:
             size *= growth
         return min(size, top)

@@ -16,7 +16,6 @@ from ktx_jax import ops
 from ktx_jax.model.cache import Cache, Run, write
 from ktx_jax.model.config import Config
 from ktx_jax.model.rope import cos_sin, rotate
-from ktx_jax.quantized import QuantizedArray
 
 _INIT_STD = 0.02
 
@@ -49,10 +48,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (vocab, size)) * _INIT_STD)
 
     def __call__(self, tokens: Int[Array, " T"], dtype: Any) -> Float[Array, "T D"]:
-        weight = self.weight.get_value()
-        if isinstance(weight, QuantizedArray):
-            return weight.take(tokens).dequantize(dtype)
-        return weight[tokens].astype(dtype)
+        return ops.embedding_rows(self.weight.get_value(), tokens, dtype)
 
 
 class Attention(nnx.Module):
@@ -60,6 +56,7 @@ class Attention(nnx.Module):
 
     def __init__(self, c: Config, rngs: nnx.Rngs):
         self.config = c
+        self.implementation = "xla"  # of the attention itself; that of a product follows from how its weight lies
         queries = c.num_attention_heads * c.qk_head_dim
         if c.q_lora_rank is None:
             self.q_proj = Linear(queries, c.hidden_size, rngs=rngs)
@@ -91,7 +88,7 @@ class Attention(nnx.Module):
         with jax.named_scope("attend"):
             mixed = ops.mla_attention(
                 q_latent, q_rope, pages, run.block_table, run.sequence, run.positions,
-                scale=c.softmax_scale, tile=run.tile,
+                scale=c.softmax_scale, tile=run.tile, implementation=self.implementation,
             )  # fmt: skip
             values = ops.head_matmul(mixed, self.v_b_proj.weight.get_value())  # [T, H, V]
         return self.o_proj(values.reshape(x.shape[0], -1)), pages

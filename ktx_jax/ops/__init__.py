@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model's heavy operations, each with an exact XLA form."""
+"""The model's heavy operations: each once, with an exact XLA form and the fast ones that must agree with it."""
 
 from ktx_jax.ops.attention import latent_values, mla_attention
 from ktx_jax.ops.experts import experts, swiglu
-from ktx_jax.ops.matmul import Weight, head_matmul, matmul
+from ktx_jax.ops.matmul import Weight, embedding_rows, head_matmul, matmul
 
-__all__ = ["Weight", "experts", "head_matmul", "latent_values", "matmul", "mla_attention", "swiglu"]
+__all__ = ["Weight", "embedding_rows", "experts", "head_matmul", "latent_values", "matmul", "mla_attention", "swiglu"]

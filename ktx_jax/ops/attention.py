@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import ktx_ffi
 from jaxtyping import Array, Float, Int, UInt16
 
 from ktx_jax.ops.tiles import map_tiles
@@ -26,6 +27,7 @@ def mla_attention(
     *,
     scale: float,
     tile: int,
+    implementation: str = "xla",
 ) -> Float[Array, "T H R"]:
     """Attention of each token to rows 0..position of its own sequence; softmax in float32.
 
@@ -36,10 +38,14 @@ def mla_attention(
       sequence: the row of `block_table` a token belongs to. Tokens come in runs of `tile` of one sequence.
       positions: a token's position, -1 for padding (whose result is meaningless but finite).
       scale: factor of the scores before the softmax.
+      implementation: "xla", or "ffi" for the CPU kernel, to which tiles mean nothing.
 
     Returns:
       The probability-weighted sum of latents for each head, to be taken through v_b.
     """
+    if implementation == "ffi":
+        live = jnp.where(positions >= 0, sequence, -1)
+        return ktx_ffi.mla_attention(q_latent, q_rope, pages, block_table, live, positions, scale)
     tokens, heads, rank = q_latent.shape
     page = pages.shape[1]
     step_blocks = max(min(_CHUNK // page, block_table.shape[1]), 1)

@@ -5,15 +5,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ktx_ffi
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.ops.matmul import Weight, matmul
 from ktx_jax.ops.tiles import map_tiles
-from ktx_jax.quantized import QuantizedArray
+from ktx_jax.quantized import HostArray, QuantizedArray
 
 
 def swiglu(x: Float[Array, "T D"], gate: Weight, up: Weight, down: Weight) -> Float[Array, "T D"]:
     """down · (silu(gate · x) * (up · x)), for weights `[F, D]`, `[F, D]` and `[D, F]`."""
+    if isinstance(gate, HostArray) and isinstance(up, HostArray) and isinstance(down, HostArray):
+        return ktx_ffi.mlp(x, gate.handles, up.handles, down.handles)
     return matmul(jax.nn.silu(matmul(x, gate)) * matmul(x, up), down)
 
 
@@ -70,7 +73,9 @@ def experts(
     Args:
       gate, up: `[E, F, D]`; down: `[E, D, F]`. Dense ones (as in training) go through every expert at once.
     """
-    if not isinstance(gate, QuantizedArray):
+    if isinstance(gate, HostArray) and isinstance(up, HostArray) and isinstance(down, HostArray):
+        return ktx_ffi.experts(x, ids, weights, gate.handles, up.handles, down.handles)
+    if isinstance(gate, jax.Array):
         return _all_experts(x, ids, weights, gate, up, down)
     tiles = _tiles(ids, gate.shape[0])
     k, (tokens, width) = ids.shape[1], x.shape

@@ -1,23 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with dense or quantized weights, whose last axis is the input dimension."""
+"""Products with dense or quantized weights, whose last axis is the input dimension.
+
+How a weight lies in memory decides what computes with it: `HostArray`s go to the CPU kernels, all else is plain XLA.
+"""
 
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import ktx_ffi
+from jaxtyping import Array, Float, Int
 
 from ktx_jax.ops.tiles import map_tiles
-from ktx_jax.quantized import QuantizedArray
+from ktx_jax.quantized import HostArray, QuantizedArray
 
-Weight: TypeAlias = Float[Array, "..."] | QuantizedArray
+Weight: TypeAlias = Float[Array, "..."] | QuantizedArray | HostArray
 
 # A dequantized tile is at most this many values: it stays in the CPU's last-level cache, and the exact path's
 # temporaries stay far below the model's size.
 _TILE_VALUES = 1 << 20
 
 
-def _dense(w: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
+def embedding_rows(w: Weight, ids: Int[Array, " T"], dtype: Any) -> Float[Array, "T D"]:
+    """Rows `ids` of a weight `[V, D]`, dequantized."""
+    if isinstance(w, HostArray):
+        return ktx_ffi.embed(ids, w.handles, w.shape[1], dtype=dtype)
+    return w.take(ids).dequantize(dtype) if isinstance(w, QuantizedArray) else w[ids].astype(dtype)
+
+
+def _dense(w: jax.Array | QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
     return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
 
 
@@ -42,6 +53,8 @@ def matmul(x: Float[Array, "T K"], w: Weight, *, dtype: Any = None) -> Float[Arr
     """
     dtype = dtype or x.dtype
     rows, k = w.shape
+    if isinstance(w, HostArray):
+        return ktx_ffi.matmul(x, w.handles, rows, dtype=dtype)
     tile = _tile_rows(rows, k)
     if not isinstance(w, QuantizedArray) or tile == rows:
         return _dot(x, _dense(w, x.dtype)).astype(dtype)
@@ -60,6 +73,10 @@ def matmul(x: Float[Array, "T K"], w: Weight, *, dtype: Any = None) -> Float[Arr
 
 def head_matmul(x: Float[Array, "T H K"], w: Weight, *, transposed: bool = False) -> Float[Array, "T H N"]:
     """x · wᵀ for each head: w is `[H, N, K]`, or `[H, K, N]` where `transposed`."""
+    if isinstance(w, HostArray):
+        if transposed:
+            raise NotImplementedError("the CPU kernels read weights by rows: a transposed one must be loaded for XLA")
+        return ktx_ffi.batched_matmul(x, w.handles, w.shape[1])
     equation = "tk,kn->tn" if transposed else "tk,nk->tn"
 
     @jax.checkpoint
