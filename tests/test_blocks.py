@@ -181,3 +181,27 @@ def test_take_gathers_rows():
     assert (got.dequantize() == w.dequantize()[rows]).all()
     with pytest.raises(ValueError, match="none"):
         weight(T.F32, (), nb=7).take(jnp.array([0]))
+
+
+def test_tiles_of_a_loop_stay_vectorized():
+    """In a loop over tiles, the format is read by a function of its own, from a plain buffer: see `_read_apart`."""
+    w = weight(T.Q4_K, (4, 64), nb=8)
+    tiles = jax.jit(lambda w: jax.lax.map(lambda tile: tile.dequantize().sum(), w))
+    text = tiles.lower(w).compile().as_text()
+    assert 'inlineable="false"' in text
+    assert " call(" in text
+
+
+def test_gradient_of_activations_and_checkpoint():
+    w = weight(T.Q5_0, (16,), nb=2)
+    loss = jax.checkpoint(lambda x: jnp.sum(jnp.square(w.dequantize() @ x)))
+    dense = w.dequantize()
+    x = jnp.linspace(0.0, 1.0, 64)
+    want = jax.grad(lambda x: jnp.sum(jnp.square(dense @ x)))(x)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), want, rtol=1e-5)
+
+
+def test_other_platforms_lower_without_the_boundary():
+    spec = jax.ShapeDtypeStruct((4, 8, 144), jnp.uint8)
+    export = jax.export.export(jax.jit(lambda b: dequantize(b, T.Q4_K)), platforms=["cuda"])(spec)
+    assert "inlineable" not in export.mlir_module()
