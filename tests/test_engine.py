@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import LOGITS, SMALL_LIMITS, golden_llm, relative_error, small_llm
+from golden_models import LOGITS, SMALL_LIMITS, engine_model, golden_llm, relative_error, small_llm
 
 from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.requests import Request, SamplingParams
@@ -35,7 +35,7 @@ class Sequences:
         shares = tuple(Share(self.requests[row], self.requests[row].computed, stop) for row, stop in stops.items())
         run, last = make_run(Work(shares, decode), self.limits)
         llm, at = self.llm, jnp.arange(run.tokens.shape[0])
-        out, self.cache = logits_step(llm._graphdef, llm._state, self.cache, run, at, dtype=llm.dtype)
+        out, self.cache = logits_step(*engine_model(llm), self.cache, run, at, dtype=llm.dtype)
         for row, share, end in zip(stops, shares, last + 1, strict=False):
             self.logits[row, share.start : share.stop] = out[end - (share.stop - share.start) : end]
             share.request.computed = share.stop

@@ -58,9 +58,9 @@ def test_golden_past_the_original_context():
 )
 def test_golden_files_would_show_an_error(override):
     """The reference logits tell a model that differs in one constant from the right one."""
-    logits = LLM(golden_path(BY_NAME["grouped"]), dtype="float32", implementation="xla", context=64, batch=1, override=override).logits(
-        LOGITS["grouped.tokens"].tolist()
-    )
+    logits = LLM(
+        golden_path(BY_NAME["grouped"]), dtype="float32", implementation="xla", context=64, batch=1, override=override
+    ).logits(LOGITS["grouped.tokens"].tolist())
     assert relative_error(LOGITS["grouped.logits"], logits) > 1e-2
 
 
