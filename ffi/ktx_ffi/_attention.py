@@ -19,10 +19,10 @@ def mla_attention(
 ) -> Float[Array, "T H R"]:
     """Causal attention of each token over its own sequence's latent rows (DeepSeek-V2, section 2.1, absorbed form).
 
-    A cache row is `[R latent | P rope]`, the bits of bfloat16 or float32. Token t of sequence `sequence[t]` attends rows
-    `0..positions[t]`, row p lying in page `block_tables[sequence[t], p // page]`. Scores are
-    `scale * (q_latent . latent + q_rope . rope)`; the result is the weighted sum of latents. Sequence -1 is padding and gives 0.
-    Raises when run if a sequence, a position or a page it needs is out of range.
+    A cache row is `[R latent | P rope]`, the bits of bfloat16 or float32. Token t of sequence `sequence[t]` attends
+    rows `0..positions[t]`, row p lying in page `block_tables[sequence[t], p // page]`. Scores are
+    `scale * (q_latent . latent + q_rope . rope)`; the result is the weighted sum of latents. Sequence -1 is padding
+    and gives 0. Raises when run if a sequence, a position or a page it needs is out of range.
     """
     library()
     result = jax.ShapeDtypeStruct(q_latent.shape, q_latent.dtype)
@@ -38,8 +38,8 @@ def cache_write(
 ) -> UInt16[Array, "pages page W"] | Float32[Array, "pages page W"]:
     """Writes row t to flat row `slots[t]` (page * page size + offset) of the cache, in place when the cache is donated.
 
-    A uint16 cache takes the bits of bfloat16. A negative slot writes nothing. Of equal slots one row wins. Raises when run if a slot is
-    beyond the cache.
+    A uint16 cache takes the bits of bfloat16. A negative slot writes nothing; of equal slots the last row stays.
+    Raises when run if a slot is beyond the cache.
     """
     library()
     result = jax.ShapeDtypeStruct(cache.shape, cache.dtype)

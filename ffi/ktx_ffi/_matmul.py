@@ -30,7 +30,7 @@ def matmul(x: Float[Array, "*b K"], w: Handle, n: int, *, dtype: DTypeLike | Non
 def batched_matmul(
     x: Float[Array, "T H K"], w: Handle, n: int, *, dtype: DTypeLike | None = None
 ) -> Float[Array, "T H n"]:
-    """`einsum("thk,hnk->thn", x, w)` for weights `[H, n, K]`, such as MLA's absorbed projections. Raises as `matmul`."""
+    """`einsum("thk,hnk->thn", x, w)` for weights `[H, n, K]`: MLA's absorbed projections. Raises as `matmul`."""
     return _call("ktx_matmul", (*x.shape[:2], n), dtype or x.dtype, x, operand(w))
 
 
@@ -46,8 +46,8 @@ def experts(
 ) -> Float[Array, "T D"]:
     """Mixture of gated experts: the sum over k of `weights * down(silu(gate(x)) * up(x))` of expert `ids`.
 
-    Weights are `[E, F, D]`, `[E, F, D]` and `[E, D, F]`. An id outside `[0, E)` adds nothing. The sum of a token runs in order of
-    its expert ids. Raises as `matmul`.
+    Weights are `[E, F, D]`, `[E, F, D]` and `[E, D, F]`. An id outside `[0, E)` adds nothing. The sum of a token runs
+    in order of its expert ids. Raises as `matmul`.
     """
     handles = (operand(gate), operand(up), operand(down))
     return _call("ktx_experts", x.shape, dtype or x.dtype, x, ids, weights.astype(jnp.float32), *handles)
@@ -64,6 +64,6 @@ def mlp(
 
 
 def embed(ids: Int[Array, "*b"], w: Handle, d: int, *, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b d"]:
-    """Rows `ids` of weights `[V, d]` made with `repack=False`, dequantized. Raises when run if an id is outside `[0, V)`."""
+    """Rows `ids` of weights `[V, d]` made with `repack=False`, dequantized; raises when run if an id is outside."""
     rows = _call("ktx_embed", (ids.size, d), dtype, ids.reshape(-1).astype(jnp.int32), operand(w))
     return rows.reshape(*ids.shape, d)

@@ -97,7 +97,6 @@ NB_MODULE(_ktx_ffi, m) {
     nb::gil_scoped_release release;
     ktx::set_threads(n);
   });
-  m.def("reads_type", [](int32_t number) { return ktx::type_info(number) != nullptr; });
   nb::dict handlers;
   handlers["ktx_matmul"] = handler(ktx_matmul);
   handlers["ktx_experts"] = handler(ktx_experts);
