@@ -10,7 +10,9 @@ from golden.golden_variants import VARIANTS, Variant
 
 from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.scheduler import Limits
+from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.llm import LLM
+from ktx_jax.model.config import Config, config_from_gguf
 
 FOLDER = Path(__file__).with_name("golden")
 LOGITS = np.load(FOLDER / "logits.npz")
@@ -21,6 +23,12 @@ def golden_path(variant: Variant) -> Path:
     """The variant's file; of a split one, the last part."""
     part = f"-{variant.parts:05d}-of-{variant.parts:05d}" if variant.parts > 1 else ""
     return FOLDER / f"{variant.name}{part}.gguf"
+
+
+def golden_config(name: str) -> Config:
+    variant = BY_NAME[name]
+    with open_gguf(golden_path(variant)) as gguf:
+        return config_from_gguf(gguf.metadata, gguf.tensors, override=variant.override)
 
 
 @cache
