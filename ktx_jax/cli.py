@@ -41,13 +41,19 @@ Context = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Most texts that run at once.")]
 Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of activations and cache.")]
-Implementation = Annotated[str | None, typer.Option(help="Of the heavy operations. [default: chosen]")]
+Implementation = Annotated[
+    Literal["xla", "ffi"] | None,
+    typer.Option(help="Of the heavy operations: xla is exact, ffi fast on CPUs. [default: the fast one that runs]"),
+]
 Override = Annotated[
     list[str], typer.Option(metavar="KEY=VALUE", help="Metadata to lay over the file's, e.g. expert_group_count=4.")
 ]
 CpuThreads = Annotated[
     int | None,
     typer.Option("--cpu-threads", "--cpu-infer", "--cpu_infer", min=1, help="CPU threads. [default: all]"),
+]
+NoRepack = Annotated[
+    bool, typer.Option("--no-repack", help="CPU kernels read the file as it is: starts at once, computes more slowly.")
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
@@ -88,13 +94,14 @@ def generate(
     implementation: Implementation = None,
     override: Override = [],  # noqa: B006
     cpu_threads: CpuThreads = None,
+    no_repack: NoRepack = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
     """Complete a text, printed as it comes."""
     from ktx_jax.commands.generate import generate
 
-    options = _model_options(model, context, batch, dtype, implementation, override, cpu_threads)
+    options = _model_options(model, context, batch, dtype, implementation, override, cpu_threads, not no_repack)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     return generate(options, prompt, {**sampling, "seed": seed, "stop": stop}, as_json)
 
@@ -115,6 +122,7 @@ def chat(
     implementation: Implementation = None,
     override: Override = [],  # noqa: B006
     cpu_threads: CpuThreads = None,
+    no_repack: NoRepack = False,
     debug: Debug = False,
 ) -> int:
     """Talk with a model.
@@ -123,7 +131,9 @@ def chat(
     """
     from ktx_jax.commands.chat import chat
 
-    options = _model_options(model, context, 1, dtype, implementation, override, cpu_threads, chat_template)
+    options = _model_options(
+        model, context, 1, dtype, implementation, override, cpu_threads, not no_repack, chat_template
+    )
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     return chat(options, system, {**sampling, "seed": seed, "stop": stop})
 
@@ -149,13 +159,14 @@ def bench(
     implementation: Implementation = None,
     override: Override = [],  # noqa: B006
     cpu_threads: CpuThreads = None,
+    no_repack: NoRepack = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
     """Measure loading, compilation, prefill and decode."""
     from ktx_jax.commands.bench import bench
 
-    options = _model_options(model, context, 1, dtype, implementation, override, cpu_threads)
+    options = _model_options(model, context, 1, dtype, implementation, override, cpu_threads, not no_repack)
     return bench(options, prompt, decode, as_json)
 
 
@@ -185,12 +196,13 @@ def _model_options(
     implementation: str | None,
     override: list[str],
     cpu_threads: int | None,
+    repack: bool,
     chat_template: Path | None = None,
 ) -> Any:
     from ktx_jax.commands.common import ModelOptions
 
     overrides = dict(map(_override, override))
-    return ModelOptions(model, context, batch, dtype, implementation, overrides, cpu_threads, chat_template)
+    return ModelOptions(model, context, batch, dtype, implementation, overrides, cpu_threads, repack, chat_template)
 
 
 def _override(text: str) -> tuple[str, Any]:

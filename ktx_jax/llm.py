@@ -82,7 +82,8 @@ class LLM:
       override: metadata values laid over the file's, e.g. `{"expert_group_count": 4}`.
       devices: the device to run on, as a list of one; None for JAX's default.
       chat_template: a Jinja template for `chat`, in place of the file's own.
-      cpu_threads: threads of the CPU kernels, for the whole process; None for one a physical core.
+      cpu_threads: threads that compute on the CPU, for the whole process; None for one a physical core. XLA's own heed
+        it if no JAX device has been used yet.
       repack: with "ffi", copy weights into the kernels' own layout; False reads the mapped file as it is: it starts at
         once and computes more slowly.
       progress: called with bytes loaded and bytes in all.
@@ -109,10 +110,10 @@ class LLM:
     ):
         begun = time.perf_counter()
         self.dtype = _dtype(dtype)
-        self.device = _device(devices)
-        self.implementation = _implementation(implementation, self.device, self.dtype)
         if cpu_threads is not None:
             _set_cpu_threads(cpu_threads)
+        self.device = _device(devices)
+        self.implementation = _implementation(implementation, self.device)
         use_compilation_cache()
         with open_gguf(path) as gguf:
             check_architecture(gguf)
@@ -217,7 +218,7 @@ class LLM:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory between runs, unless JAX is already told where."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "ktx-jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -226,8 +227,8 @@ def use_compilation_cache() -> None:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
-    return [prompts] if prompts and isinstance(prompts[0], numbers.Integral) else prompts
+    whole: list[Any] = list(prompts)
+    return [whole] if whole and isinstance(whole[0], numbers.Integral) else whole
 
 
 def _dtype(name: str) -> Any:
@@ -236,7 +237,7 @@ def _dtype(name: str) -> Any:
     return _DTYPES[name]
 
 
-def _implementation(name: str | None, device: jax.Device, dtype: Any) -> str:
+def _implementation(name: str | None, device: jax.Device) -> str:
     if name is not None and name not in IMPLEMENTATIONS:
         raise KtxError(f"implementation should be one of {', '.join(IMPLEMENTATIONS)}; found {name!r}")
     if name == "xla" or (name is None and device.platform != "cpu"):
@@ -254,6 +255,7 @@ def _implementation(name: str | None, device: jax.Device, dtype: Any) -> str:
 def _set_cpu_threads(count: int) -> None:
     if count < 1:
         raise KtxError(f"cpu_threads should be at least 1; found {count}")
+    os.environ["NPROC"] = str(count)  # read by XLA when it makes its thread pool
     if ktx_ffi.available():
         ktx_ffi.set_threads(count)
 

@@ -172,6 +172,8 @@ def test_generate(run, llm):
         "dtype": "bfloat16",
         "implementation": None,
         "override": None,
+        "cpu_threads": None,
+        "repack": True,
     }
     assert (made.params.max_tokens, made.params.temperature, made.params.top_p) == (3, 0.3, 0.95)
     assert (made.params.top_k, made.params.seed, made.params.stop) == (0, 0, ("a", "b"))
@@ -181,7 +183,7 @@ def test_generate_passes_every_option(run, llm):
     options = "--temperature 0 --top-p 0.5 --top-k 7 --seed 3 --context 99 --batch 2 --dtype float32"
     overrides = "--override expert_group_count=4 --override general.name=x --override a=1.5"
     for spelling in ("--cpu-threads", "--cpu-infer", "--cpu_infer"):
-        words = f"{options} --implementation xla {overrides} {spelling} 2".split()
+        words = f"{options} --implementation xla {overrides} {spelling} 2 --no-repack".split()
         code, _, _ = run("generate", "x.gguf", "-p", "a", *words)
         assert code == 0
         made = llm.made[-1]
@@ -192,6 +194,7 @@ def test_generate_passes_every_option(run, llm):
             "implementation": "xla",
             "override": {"expert_group_count": 4, "general.name": "x", "a": 1.5},
             "cpu_threads": 2,
+            "repack": False,
         }
         assert (made.params.temperature, made.params.top_p, made.params.top_k, made.params.seed) == (0, 0.5, 7, 3)
 

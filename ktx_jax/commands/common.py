@@ -32,6 +32,7 @@ class ModelOptions:
     implementation: str | None = None
     override: Mapping[str, Any] = field(default_factory=dict)
     cpu_threads: int | None = None
+    repack: bool = True
     chat_template: Path | None = None
 
 
@@ -44,7 +45,6 @@ def load_llm(options: ModelOptions) -> Any:
 
     longest = load_config(options.model, options.override).max_position_embeddings
     template = None if options.chat_template is None else read_text(options.chat_template)
-    threads: dict[str, Any] = {} if options.cpu_threads is None else {"cpu_threads": options.cpu_threads}
     with progress_bar("Loading") as progress:
         return LLM(
             options.model,
@@ -54,8 +54,9 @@ def load_llm(options: ModelOptions) -> Any:
             implementation=options.implementation,
             override=options.override or None,
             chat_template=template,
+            cpu_threads=options.cpu_threads,
+            repack=options.repack,
             progress=progress,
-            **threads,
         )
 
 

@@ -59,7 +59,7 @@ def follow(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[C
 
     A caller that stops early (closes the iterator) aborts the request.
     """
-    decoder, stops = tokenizer.stream(), StopTexts(request.params.stop)
+    decoder, stops = tokenizer.stream(), StopTexts(tuple(request.params.stop))
     try:
         while True:
             while not request.unread and request.finish_reason is None:

@@ -75,7 +75,7 @@ def experts(
     """
     if isinstance(gate, HostArray) and isinstance(up, HostArray) and isinstance(down, HostArray):
         return ktx_ffi.experts(x, ids, weights, gate.handles, up.handles, down.handles)
-    if isinstance(gate, jax.Array):
+    if isinstance(gate, jax.Array) and isinstance(up, jax.Array) and isinstance(down, jax.Array):
         return _all_experts(x, ids, weights, gate, up, down)
     tiles = _tiles(ids, gate.shape[0])
     k, (tokens, width) = ids.shape[1], x.shape

@@ -82,6 +82,7 @@ def head_matmul(x: Float[Array, "T H K"], w: Weight, *, transposed: bool = False
     @jax.checkpoint
     def one_head(operands: tuple[jax.Array, Weight]) -> jax.Array:
         head, weight = operands
+        assert not isinstance(weight, HostArray)
         return jnp.einsum(
             equation, head, _dense(weight, x.dtype), precision="highest", preferred_element_type=jnp.float32
         ).astype(x.dtype)
