@@ -15,7 +15,7 @@ LEVELS = [
     {"cli", "commands", "server", "evaluate", "aot"},
     {"llm"},
     {"engine"},
-    {"sharding", "synth"},
+    {"sharding", "synth", "presets"},
     {"model"},
     {"ops", "tokenizer", "pretokenizers", "chat", "template_sandbox"},
     {"quantized"},

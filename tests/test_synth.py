@@ -15,7 +15,8 @@ from ktx_jax.errors import KtxError
 from ktx_jax.gguf.random_blocks import random_pieces
 from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.model.config import config_from_gguf
-from ktx_jax.synth import SHAPES, Shape, _metadata, planned_tensors, synthesize
+from ktx_jax.presets import SHAPES, Shape, planned_tensors
+from ktx_jax.synth import _metadata, synthesize
 from ktx_jax.tokenizer import Tokenizer
 
 TINY = Shape("tiny", 2, 256, 512, 256, 4, 256, 16, 4, 2, 2.0, 0.1, kv_lora=256)
