@@ -90,19 +90,20 @@ def test_any_mixture_of_steps(llm, tokens, whole, seed):
 
 
 def test_past_the_original_context():
-    """Prefill in chunks to 4090, decode to 4200: one whole pass, and transformers, say the same."""
-    llm, tokens = golden_llm("grouped", context=4224, batch=1), LOGITS["long.tokens"].astype(np.int32)
+    """Where an error in YaRN's frequencies has had thousands of positions to grow: prefill in chunks to 4608, decode
+    from there, one whole pass, and transformers."""
+    llm, tokens = golden_llm("grouped", context=4672, batch=1), LOGITS["long.tokens"].astype(np.int32)
     sequences = Sequences(llm, llm._engine.limits, tokens[None])
-    for stop in [*range(512, 4090, 512), 4090]:
+    for stop in range(512, 4609, 512):
         sequences.run({0: stop}, decode=False)
-    for stop in range(4091, len(tokens) + 1):
+    for stop in range(4609, len(tokens) + 1):
         sequences.run({0: stop}, decode=True)
     fn, params = llm.functional()
     whole = np.asarray(jax.jit(fn)(params, jnp.asarray(tokens)))
     np.testing.assert_allclose(sequences.logits[0], whole, **CLOSE)
-    at = LOGITS["long.at"]
-    assert relative_error(LOGITS["long.logits"], sequences.logits[0, at]) < 1e-4
-    assert relative_error(LOGITS["long.logits"], whole[at]) < 1e-4
+    truth, at = LOGITS["long.logits"], LOGITS["long.at"]
+    assert relative_error(truth, sequences.logits[0, at]) < 1e-4
+    assert relative_error(truth, whole[at]) < 1e-4
 
 
 def test_drawn_tokens_are_the_most_likely_of_the_logits(engine, llm):

@@ -42,12 +42,6 @@ def test_golden_in_bfloat16(name):
     assert max(by_token) < 0.2
 
 
-def test_golden_past_the_original_context():
-    """Where an error in YaRN's frequencies has had thousands of positions to grow."""
-    logits = golden_llm("grouped", context=4224, batch=1).logits(LOGITS["long.tokens"].tolist())
-    check(LOGITS["long.logits"], logits[LOGITS["long.at"]])
-
-
 @pytest.mark.parametrize(
     "override",
     [

@@ -98,10 +98,10 @@ def test_head_matmul(tokens, transposed):
 def test_embedding_rows():
     w, values = weight(0, (50, 64), T.Q4_1)
     ids = jnp.asarray([49, 0, 7, 7])
-    np.testing.assert_array_equal(ops.embedding_rows(w, ids, jnp.float32), values[ids])
-    dense = jnp.asarray(values, jnp.float32)
-    np.testing.assert_array_equal(ops.embedding_rows(dense, ids, jnp.float32), values[ids])
-    assert ops.embedding_rows(w, ids, jnp.bfloat16).dtype == jnp.bfloat16
+    rows = jax.jit(ops.embedding_rows, static_argnames="dtype")
+    for each in (w, jnp.asarray(values, jnp.float32)):
+        np.testing.assert_array_equal(rows(each, ids, dtype=jnp.float32), values[ids])
+        np.testing.assert_array_equal(rows(each, ids, dtype=jnp.bfloat16), jnp.asarray(values[ids], jnp.bfloat16))
 
 
 def silu(x):

@@ -25,7 +25,7 @@ from ktx_jax.gguf.writer import TensorSource, write_gguf
 FOLDER = Path(__file__).parent
 TOKENS = 32
 # A sequence past YaRN's original context of 4096, and where its logits are kept.
-LONG_TOKENS, LONG_AT = 4200, (100, 2000, 4090, 4095, 4096, 4097, 4150, 4199)
+LONG_TOKENS, LONG_AT = 4650, (100, 2000, 4095, 4096, 4097, 4607, 4608, 4649)
 
 
 def draw(variant: Variant) -> dict[str, np.ndarray]:
