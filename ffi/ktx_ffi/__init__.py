@@ -2,7 +2,7 @@
 """CPU kernels for GGUF weights, as functions of JAX arrays (see ffi/README.md)."""
 
 from ktx_ffi._attention import cache_write, mla_attention
-from ktx_ffi._library import available, isa, set_threads, threads, why_unavailable
+from ktx_ffi._library import available, isa, measure_limits, set_threads, threads, why_unavailable
 from ktx_ffi._matmul import batched_matmul, embed, experts, matmul, mlp
 from ktx_ffi._weights import SUPPORTED_TYPES, Weights
 
@@ -16,6 +16,7 @@ __all__ = [
     "experts",
     "isa",
     "matmul",
+    "measure_limits",
     "mla_attention",
     "mlp",
     "set_threads",

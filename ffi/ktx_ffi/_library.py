@@ -56,3 +56,14 @@ def threads() -> int:
 def set_threads(n: int) -> None:
     """Sets the number of threads; raises ValueError if it is less than one."""
     library().set_threads(n)
+
+
+def measure_limits(read_bytes: int = 1 << 30) -> dict[str, float]:
+    """What the machine can do at most on `threads()` threads, measured now: bytes read a second (`read`), and products a
+    second of int8 (`int8`) and bfloat16 (`bf16`) from registers, 0 where the instruction set has none."""
+    module = library()
+    return {
+        "read": module.measure_read_bandwidth(read_bytes),
+        "int8": module.measure_int8_peak(),
+        "bf16": module.measure_bf16_peak(),
+    }

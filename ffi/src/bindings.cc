@@ -7,6 +7,7 @@
 
 #include "handlers.h"
 #include "isa.h"
+#include "machine_limits.h"
 #include "thread_pool.h"
 #include "weights.h"
 
@@ -97,6 +98,9 @@ NB_MODULE(_ktx_ffi, m) {
     nb::gil_scoped_release release;
     ktx::set_threads(n);
   });
+  m.def("measure_read_bandwidth", &ktx::measure_read_bandwidth, nb::arg("bytes"));
+  m.def("measure_int8_peak", &ktx::measure_int8_peak);
+  m.def("measure_bf16_peak", &ktx::measure_bf16_peak);
   nb::dict handlers;
   handlers["ktx_matmul"] = handler(ktx_matmul);
   handlers["ktx_experts"] = handler(ktx_experts);

@@ -84,6 +84,18 @@ struct Format {
   }
 };
 
+// How far ahead levels are fetched into the second-level cache where several rows share them; with one row the hardware keeps
+// up, and a panel that another tile just used costs little.
+constexpr int kAhead = 8192;
+
+template <Type kType, int M>
+KTX_INLINE void fetch_ahead(const uint8_t* p) {
+  if constexpr (M > 1) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Format<kType>::kLayout.codec_bytes; i += 64) __builtin_prefetch(p + kAhead + i, 0, 2);
+  }
+}
+
 // acc[r] += the four levels of row r times x.
 template <Type kType>
 KTX_INLINE void dot_levels(I32& acc, U8 w, const int8_t* x) {

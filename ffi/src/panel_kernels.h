@@ -69,7 +69,9 @@ __attribute__((noinline)) void panel_of_32(const uint8_t* panel, int64_t k, cons
   for (int64_t i = 0; i < k; ++i, q += 32 * M, d += M, aux += M) {
     const int odd = static_cast<int>(i & 1);
     U8 w[8];
-    F::decode(panel + F::kLayout.header_bytes + odd * F::kLayout.codec_bytes, w);
+    const uint8_t* levels = panel + F::kLayout.header_bytes + odd * F::kLayout.codec_bytes;
+    F::decode(levels, w);
+    fetch_ahead<kType, M>(levels);
     const uint8_t* scales = panel + odd * (F::kLayout.header_bytes / 2);
     const F32 scale = load_half(scales);
     sums_of_32<kType, M>(
@@ -193,6 +195,7 @@ __attribute__((noinline)) void panel_of_256(const uint8_t* panel, int64_t k, con
     for (int s = 0; s < 8; ++s, q += 32 * M, panel += F::kLayout.codec_bytes) {
       U8 w[8];
       F::decode(panel, w);
+      fetch_ahead<kType, M>(panel);
       if constexpr (F::kSixteen) {
         const F32 first = block.scale(header, 2 * s);
         const F32 second = block.scale(header, 2 * s + 1);
