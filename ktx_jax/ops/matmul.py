@@ -28,13 +28,21 @@ def embedding_rows(w: Weight, ids: Int[Array, " T"], dtype: Any) -> Float[Array,
     return w.take(ids).dequantize(dtype) if isinstance(w, QuantizedArray) else w[ids].astype(dtype)
 
 
-def _dense(w: jax.Array | QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
-    return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
+def _dot(x: jax.Array, w: jax.Array | QuantizedArray, *, transposed: bool = False) -> jax.Array:
+    """x [T, K] · w [N, K] (or [K, N] where transposed) -> float32 [T, N].
 
+    float32 means float32 on every platform, and sums are always float32. On CPUs bfloat16 operands are widened: in a
+    loop, XLA's own bfloat16 products of few rows are ten times slower there.
+    """
 
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [T, K] · w [N, K] -> float32 [T, N]; float32 means float32 on every platform, and sums are always float32."""
-    return jnp.einsum("tk,nk->tn", x, w, precision="highest", preferred_element_type=jnp.float32)
+    def product(dtype: jax.typing.DTypeLike) -> jax.Array:
+        dense = w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
+        equation = "tk,kn->tn" if transposed else "tk,nk->tn"
+        return jnp.einsum(equation, x.astype(dtype), dense, precision="highest", preferred_element_type=jnp.float32)
+
+    if x.dtype == jnp.float32:
+        return product(jnp.float32)
+    return jax.lax.platform_dependent(cpu=lambda: product(jnp.float32), default=lambda: product(x.dtype))
 
 
 def _tile_rows(rows: int, row_values: int) -> int:
@@ -57,11 +65,11 @@ def matmul(x: Float[Array, "T K"], w: Weight, *, dtype: Any = None) -> Float[Arr
         return ktx_ffi.matmul(x, w.handles, rows, dtype=dtype)
     tile = _tile_rows(rows, k)
     if not isinstance(w, QuantizedArray) or tile == rows:
-        return _dot(x, _dense(w, x.dtype)).astype(dtype)
+        return _dot(x, w).astype(dtype)
 
     @jax.checkpoint  # a gradient dequantizes again: to keep every tile would be to keep the dense weight
     def one_tile(data: jax.Array) -> jax.Array:
-        return _dot(x, QuantizedArray(data, w.ggml_type).dequantize(x.dtype)).astype(dtype)
+        return _dot(x, QuantizedArray(data, w.ggml_type)).astype(dtype)
 
     whole = rows // tile * tile
     tiles = map_tiles(one_tile, w.data[:whole].reshape(-1, tile, *w.data.shape[1:]), after=x)
@@ -77,15 +85,12 @@ def head_matmul(x: Float[Array, "T H K"], w: Weight, *, transposed: bool = False
         if transposed:
             raise NotImplementedError("the CPU kernels read weights by rows: a transposed one must be loaded for XLA")
         return ktx_ffi.batched_matmul(x, w.handles, w.shape[1])
-    equation = "tk,kn->tn" if transposed else "tk,nk->tn"
 
     @jax.checkpoint
     def one_head(operands: tuple[jax.Array, Weight]) -> jax.Array:
         head, weight = operands
         assert not isinstance(weight, HostArray)
-        return jnp.einsum(
-            equation, head, _dense(weight, x.dtype), precision="highest", preferred_element_type=jnp.float32
-        ).astype(x.dtype)
+        return _dot(head, weight, transposed=transposed).astype(x.dtype)
 
     by_head = jnp.moveaxis(x, 1, 0)
     if isinstance(w, QuantizedArray):
