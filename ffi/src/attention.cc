@@ -15,7 +15,7 @@
 namespace ktx {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // positions, a multiple of the tile
+constexpr int64_t kChunk = 1024;        // positions, a multiple of the tile
 constexpr int64_t kGroupsTogether = 4;  // share each packed tile; their states stay in the second-level cache
 
 // Sixteen heads of one token.
@@ -55,7 +55,8 @@ void check_indices(const AttentionCall& c) {
       const int32_t page = c.block_tables[b * c.max_pages + i];
       if (page < 0 || page >= c.pages) {
         throw std::invalid_argument("block table " + std::to_string(b) + " names page " + std::to_string(page) +
-                                    " at entry " + std::to_string(i) + ", but the cache has " + std::to_string(c.pages));
+                                    " at entry " + std::to_string(i) + ", but the cache has " +
+                                    std::to_string(c.pages));
       }
     }
   }
@@ -76,9 +77,8 @@ class AttentionRun {
     make_blocks(std::clamp<int64_t>(count / (4 * threads()), 1, kGroupsTogether));
     if (count < 2 * threads() && longest_ > kChunk) return run_split();
     // Later tokens attend more rows: the longest work comes first.
-    parallel_for(static_cast<int64_t>(blocks_.size()), [&](int64_t i) {
-      whole_block(blocks_[blocks_.size() - 1 - static_cast<size_t>(i)]);
-    });
+    parallel_for(static_cast<int64_t>(blocks_.size()),
+                 [&](int64_t i) { whole_block(blocks_[blocks_.size() - 1 - static_cast<size_t>(i)]); });
   }
 
  private:
@@ -157,8 +157,7 @@ class AttentionRun {
 
   void whole_block(const Block& b) const {
     const size_t n = b.last - b.first;
-    uint8_t* memory =
-        thread_memory(ThreadSlot::kHidden, n * (query_bytes_ + 2 * state_bytes_) + bytes(kTilePositions));
+    uint8_t* memory = thread_memory(ThreadSlot::kHidden, n * (query_bytes_ + 2 * state_bytes_) + bytes(kTilePositions));
     uint8_t* queries = memory + bytes(kTilePositions);
     float* states[kGroupsTogether];
     float* partial[kGroupsTogether];

@@ -27,11 +27,12 @@ struct AttentionCall {
   void* out;  // [tokens, heads, latent], of the queries' type
 };
 
-// Causal attention of every token over its sequence's rows 0..position. Throws std::invalid_argument, before anything is read, if
-// a token's sequence, position or a page it needs is out of range.
+// Causal attention of every token over its sequence's rows 0..position. Throws std::invalid_argument, before anything
+// is read, if a token's sequence, position or a page it needs is out of range.
 //
-// Rows are taken in tiles of 64 and chunks of 1024 from position 0 whatever the batch, each chunk on its own, and chunks are merged in
-// order: a token's result does not depend on its neighbours, nor on how chunks are spread over threads.
+// Rows are taken in tiles of 64 and chunks of 1024 from position 0 whatever the batch, each chunk on its own, and
+// chunks are merged in order: a token's result does not depend on its neighbours, nor on how chunks are spread over
+// threads.
 void mla_attention(const AttentionCall& call);
 
 }  // namespace ktx

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // MLA attention with AVX512-BF16 products over bfloat16 caches.
 //
-// Queries are [width / 2, 16 heads, 2], tiles [width / 32, 64 rows, 32]. Scores: lanes are heads, a pair of cache values is broadcast.
-// Weighted sum: two cache rows are interleaved in registers, lanes are 16 latent values, a pair of weights is broadcast.
-// Within 32 latent values the state keeps the order interleaving leaves: 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...
+// Queries are [width / 2, 16 heads, 2], tiles [width / 32, 64 rows, 32]. Scores: lanes are heads, a pair of cache
+// values is broadcast. Weighted sum: two cache rows are interleaved in registers, lanes are 16 latent values, a pair of
+// weights is broadcast. Within 32 latent values the state keeps the order interleaving leaves: 0-3, 8-11, 16-19, 24-27,
+// then 4-7, 12-15, ...
 #include <cstring>
 
 #include "simd_avx512.h"
@@ -164,7 +165,7 @@ void finish(const LatentShape& shape, const float* state, int heads, float* out)
 
 }  // namespace
 
-const AttentionKernels kAttentionBf16 = {sizeof(uint16_t), pack_query, pack_tile, reset_state,
+const AttentionKernels kAttentionBf16 = {sizeof(uint16_t), pack_query,   pack_tile, reset_state,
                                          attend,           merge_states, finish};
 
 }  // namespace ktx

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // MLA attention in float32, over float32 or bfloat16 caches. Included after a simd_*.h.
 //
-// Scores: lanes are heads, so that the cache is read as it lies, one value broadcast at a time; queries are [width, 16].
-// Weighted sum: lanes are 16 latent values. Tiles are [width / 16, 64 rows, 16].
+// Scores: lanes are heads, so that the cache is read as it lies, one value broadcast at a time; queries are [width,
+// 16]. Weighted sum: lanes are 16 latent values. Tiles are [width / 16, 64 rows, 16].
 #pragma once
 
 #include "attention_state.h"

@@ -41,9 +41,9 @@ xla::ffi::Error run(AnyBuffer q_latent, AnyBuffer q_rope, AnyBuffer cache, AnyBu
     check_tokens(positions, "positions", dim(q_latent, 0));
     try {
       mla_attention({dim(q_latent, 0), dim(q_latent, 1), shape, q_latent.untyped_data(), q_rope.untyped_data(), q_bf16,
-                     cache.untyped_data(), cache_bf16, dim(cache, 0), dim(cache, 1),
-                     block_tables.typed_data<int32_t>(), dim(block_tables, 0), dim(block_tables, 1),
-                     sequence.typed_data<int32_t>(), positions.typed_data<int32_t>(), scale, out->untyped_data()});
+                     cache.untyped_data(), cache_bf16, dim(cache, 0), dim(cache, 1), block_tables.typed_data<int32_t>(),
+                     dim(block_tables, 0), dim(block_tables, 1), sequence.typed_data<int32_t>(),
+                     positions.typed_data<int32_t>(), scale, out->untyped_data()});
     } catch (const std::invalid_argument& e) {
       fail(e.what());
     }

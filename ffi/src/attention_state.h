@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The running softmax of 16 heads (lanes), shared by the float32 and bfloat16 attention kernels. Included after a simd_*.h.
+// The running softmax of 16 heads (lanes), shared by the float32 and bfloat16 attention kernels. Included after a
+// simd_*.h.
 #pragma once
 
 #include "attention_kernels.h"
@@ -25,8 +26,8 @@ void reset_state(const LatentShape& shape, float* p) {
   for (int64_t i = 0; i < kHeadLanes * shape.padded_latent(); i += 16) store_f(s.mean + i, zero_f());
 }
 
-// Scores [64, 16] become weights relative to the largest score so far, round(weight) each; returns in `fade` [16] what earlier
-// weights are to be multiplied by.
+// Scores [64, 16] become weights relative to the largest score so far, round(weight) each; returns in `fade` [16] what
+// earlier weights are to be multiplied by.
 template <typename Round>
 KTX_INLINE void softmax_tile(float* scores, int valid, const State& s, float* fade, Round round) {
   const F32 before = load_f(s.top);

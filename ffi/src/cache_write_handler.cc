@@ -25,7 +25,8 @@ xla::ffi::Error run(AnyBuffer cache, AnyBuffer rows, AnyBuffer slots, AnyResult 
     const int32_t* slot = slots.typed_data<int32_t>();
     for (int64_t t = 0; t < dim(rows, 0); ++t) {
       if (slot[t] >= dim(cache, 0) * dim(cache, 1)) {
-        fail("slot " + std::to_string(slot[t]) + " of row " + std::to_string(t) + " is beyond cache " + describe(cache));
+        fail("slot " + std::to_string(slot[t]) + " of row " + std::to_string(t) + " is beyond cache " +
+             describe(cache));
       }
     }
     // XLA aliases the two, having copied the cache if it was not donated.
@@ -39,9 +40,6 @@ xla::ffi::Error run(AnyBuffer cache, AnyBuffer rows, AnyBuffer slots, AnyResult 
 }  // namespace
 }  // namespace ktx
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ktx_cache_write, ktx::run,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<ktx::AnyBuffer>()
-                                  .Arg<ktx::AnyBuffer>()
-                                  .Arg<ktx::AnyBuffer>()
-                                  .Ret<ktx::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    ktx_cache_write, ktx::run,
+    xla::ffi::Ffi::Bind().Arg<ktx::AnyBuffer>().Arg<ktx::AnyBuffer>().Arg<ktx::AnyBuffer>().Ret<ktx::AnyBuffer>());

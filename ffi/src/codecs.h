@@ -84,8 +84,8 @@ struct Format {
   }
 };
 
-// How far ahead levels are fetched into the second-level cache where several rows share them; with one row the hardware keeps
-// up, and a panel that another tile just used costs little.
+// How far ahead levels are fetched into the second-level cache where several rows share them; with one row the hardware
+// keeps up, and a panel that another tile just used costs little.
 constexpr int kAhead = 8192;
 
 template <Type kType, int M>

@@ -31,6 +31,5 @@ xla::ffi::Error run(AnyBuffer ids, AnyBuffer handle, AnyResult out) {
 }  // namespace
 }  // namespace ktx
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    ktx_embed, ktx::run,
-    xla::ffi::Ffi::Bind().Arg<ktx::AnyBuffer>().Arg<ktx::AnyBuffer>().Ret<ktx::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ktx_embed, ktx::run,
+                              xla::ffi::Ffi::Bind().Arg<ktx::AnyBuffer>().Arg<ktx::AnyBuffer>().Ret<ktx::AnyBuffer>());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two passes over the weights. In the first, a unit of work is some hidden columns of one expert: gate, up, the gated unit and
-// quantization for the second. There, a unit is some output columns of all experts, so that no two threads write the same
-// place and a token's sum runs in the order of its experts.
+// Two passes over the weights. In the first, a unit of work is some hidden columns of one expert: gate, up, the gated
+// unit and quantization for the second. There, a unit is some output columns of all experts, so that no two threads
+// write the same place and a token's sum runs in the order of its experts.
 #include "experts.h"
 
 #include <algorithm>
@@ -82,7 +82,8 @@ class ExpertsRun {
     if (split) {
       hidden_values_split(column_blocks, scratch.take<float>(static_cast<size_t>(rows * call_.down.k)));
     } else {
-      parallel_for(units, [&](int64_t u) { hidden_values(blocks_[static_cast<size_t>(u / column_blocks)], u % column_blocks); });
+      parallel_for(
+          units, [&](int64_t u) { hidden_values(blocks_[static_cast<size_t>(u / column_blocks)], u % column_blocks); });
     }
     output();
   }
@@ -188,9 +189,8 @@ class ExpertsRun {
     const int64_t fitting = kOutputBytes / (tokens_ * kPanelRows * static_cast<int64_t>(sizeof(float)));
     const int64_t chunk = std::clamp<int64_t>(std::min(fitting, panels / (8 * threads())), 1, 8);
     const std::vector<TileBlock> blocks = block_tiles(plan_, row_bytes(call_.down));
-    parallel_for((panels + chunk - 1) / chunk, [&](int64_t unit) {
-      output_columns(blocks, unit * chunk, std::min((unit + 1) * chunk, panels));
-    });
+    parallel_for((panels + chunk - 1) / chunk,
+                 [&](int64_t unit) { output_columns(blocks, unit * chunk, std::min((unit + 1) * chunk, panels)); });
   }
 
   // Panels [first, last) of `down` for all tokens.

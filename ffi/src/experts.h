@@ -21,7 +21,8 @@ struct ExpertsCall {
   bool out_bf16;
 };
 
-// out[t] = sum over j of weights[t, j] * down(silu(gate(x[t])) * up(x[t])) of expert ids[t, j], in ascending order of experts.
+// out[t] = sum over j of weights[t, j] * down(silu(gate(x[t])) * up(x[t])) of expert ids[t, j], in ascending order of
+// experts.
 void experts(const ExpertsCall& call);
 
 }  // namespace ktx

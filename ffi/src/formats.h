@@ -13,8 +13,7 @@
 namespace ktx {
 
 // The non-linear levels of IQ4_NL and IQ4_XS, plus 128.
-inline constexpr uint8_t kIq4Levels[16] = {1,   24,  45,  63,  79,  93,  106, 118,
-                                           129, 141, 153, 166, 181, 197, 217, 241};
+inline constexpr uint8_t kIq4Levels[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 
 inline void nibble_levels(const uint8_t* qs, uint8_t* out) {  // 16 bytes -> 32 levels
   for (int i = 0; i < 16; ++i) {

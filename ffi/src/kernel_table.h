@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chooses among the instances of the panel kernels. Included after a simd_*.h, in one translation unit an instruction set.
+// Chooses among the instances of the panel kernels. Included after a simd_*.h, in one translation unit an instruction
+// set.
 #pragma once
 
 #include "attention_f32.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The interface between the operations and the kernels of one instruction set. Each instruction set is a translation unit
-// with its own compiler flags; `kernels()` gives the one this machine runs (isa.h).
+// The interface between the operations and the kernels of one instruction set. Each instruction set is a translation
+// unit with its own compiler flags; `kernels()` gives the one this machine runs (isa.h).
 #pragma once
 
 #include <cstdint>
@@ -34,8 +34,8 @@ struct ActTile {
   int32_t* aux;
 };
 
-// out[m * ld + r] = row m of the tile times row r of the panel, r < 16. `k` is in units of 32 for quantized types (of one
-// for floating-point ones).
+// out[m * ld + r] = row m of the tile times row r of the panel, r < 16. `k` is in units of 32 for quantized types (of
+// one for floating-point ones).
 using PanelKernel = void (*)(const uint8_t* panel, int64_t k, const ActTile& x, float* out, int64_t ld);
 
 struct Kernels {

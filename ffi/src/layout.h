@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The layout that matmul kernels read: panels of 16 rows.
 //
-// Sixteen rows are interleaved so that one 64-byte vector holds four consecutive levels along K of each row: byte 4r + c
-// of "quad" j is level 4j + c of row r. Thirty-two levels along K are eight quads, stored by codec:
+// Sixteen rows are interleaved so that one 64-byte vector holds four consecutive levels along K of each row: byte 4r +
+// c of "quad" j is level 4j + c of row r. Thirty-two levels along K are eight quads, stored by codec:
 //   nibbles   4 vectors, quad j in the low and quad j + 4 in the high nibbles
 //   +1 bit    and one vector whose bit j is the fifth bit of quad j
 //   +2 bits   and two vectors: bits 2c..2c+1 of the first belong to quad c, of the second to quad c + 4
@@ -10,10 +10,10 @@
 //   2 bits    2 vectors like those of +2 bits
 //   3 bits    and one vector of third bits
 //
-// Types in blocks of 32 store two blocks at a time: their scales (float16, 16 rows, a vector for both; the _1 types a vector of
-// scales and minima for each), then the levels; the last pair of an odd K is half used. K-quants store super-blocks of
-// 256: a header of scales, then eight times 32 levels; Q6_K and Q3_K, whose header would misalign the levels, keep their
-// float16 super-scales in front of the panel. Sizes are those of the file but for that padding.
+// Types in blocks of 32 store two blocks at a time: their scales (float16, 16 rows, a vector for both; the _1 types a
+// vector of scales and minima for each), then the levels; the last pair of an odd K is half used. K-quants store
+// super-blocks of 256: a header of scales, then eight times 32 levels; Q6_K and Q3_K, whose header would misalign the
+// levels, keep their float16 super-scales in front of the panel. Sizes are those of the file but for that padding.
 // Floating-point types are [K][16].
 #pragma once
 
@@ -28,7 +28,7 @@ inline constexpr int kPanelRows = 16;
 enum class Codec { kNone, kNibble, kNibble1, kNibble2, kByte, kTwoBit, kThreeBit };
 
 struct Layout {
-  int block_size;    // elements along K that share scales: 1, 32, 256
+  int block_size;  // elements along K that share scales: 1, 32, 256
   Codec codec;
   int codec_bytes;   // of 16 rows x 32 levels
   int header_bytes;  // of a pair of 32-blocks, or of a super-block

@@ -15,7 +15,9 @@ namespace {
 constexpr int64_t kBlockBytes = 384 << 10;
 // Below this many values, quantizing is quicker on one thread than waking the others.
 constexpr int64_t kSerialValues = 32 << 10;
-constexpr int64_t kUnitsPerThread = 8;
+// Units of work: many, so that a slow thread holds nobody up, but of some size.
+constexpr int64_t kUnitsPerThread = 32;
+constexpr int64_t kUnitBytes = 64 << 10;
 
 struct Problem {
   const Kernels& kernels;
@@ -81,7 +83,8 @@ void matmul(const Weights& w, int64_t tokens, const void* x, bool x_bf16, void* 
   const int64_t blocks = (per_lead + block - 1) / block;
   const int64_t panels = w.panels_per_lead();
   const int64_t wanted = std::max<int64_t>(1, threads() * kUnitsPerThread / (w.lead * blocks));
-  const int64_t chunk = std::clamp<int64_t>(panels / wanted, 1, blocks * w.lead > 1 ? 16 : panels);
+  const int64_t least = std::min((kUnitBytes + w.panel_size - 1) / w.panel_size, panels);
+  const int64_t chunk = std::clamp<int64_t>(panels / wanted, least, std::max<int64_t>(least, 64));
   const int64_t chunks = (panels + chunk - 1) / chunk;
   parallel_for(w.lead * blocks * chunks, [&](int64_t unit) {
     const int64_t first = unit % chunks * chunk;

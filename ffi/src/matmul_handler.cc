@@ -31,6 +31,5 @@ xla::ffi::Error run(AnyBuffer x, AnyBuffer handle, AnyResult out) {
 }  // namespace
 }  // namespace ktx
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    ktx_matmul, ktx::run,
-    xla::ffi::Ffi::Bind().Arg<ktx::AnyBuffer>().Arg<ktx::AnyBuffer>().Ret<ktx::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ktx_matmul, ktx::run,
+                              xla::ffi::Ffi::Bind().Arg<ktx::AnyBuffer>().Arg<ktx::AnyBuffer>().Ret<ktx::AnyBuffer>());

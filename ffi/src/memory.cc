@@ -99,8 +99,8 @@ Scratch::~Scratch() {
   std::vector<Buffer>& free = store().free;
   free.push_back(std::move(buffer_));
   if (free.size() <= kKeptBuffers) return;
-  const auto smallest = std::min_element(free.begin(), free.end(),
-                                         [](const Buffer& a, const Buffer& b) { return a.size() < b.size(); });
+  const auto smallest =
+      std::min_element(free.begin(), free.end(), [](const Buffer& a, const Buffer& b) { return a.size() < b.size(); });
   dropped = std::move(*smallest);
   free.erase(smallest);
 }

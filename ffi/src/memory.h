@@ -7,7 +7,8 @@
 
 namespace ktx {
 
-// Zeroed memory aligned to 64 bytes, in 2 MB pages where it is that large and the system grants them. Throws std::bad_alloc.
+// Zeroed memory aligned to 64 bytes, in 2 MB pages where it is that large and the system grants them. Throws
+// std::bad_alloc.
 class Buffer {
  public:
   Buffer() = default;

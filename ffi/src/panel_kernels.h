@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A panel of 16 weight rows times a tile of M activation rows. Included after a simd_*.h.
 //
-// Levels are decoded once into eight registers and used for all M rows. Sums of products are integers, hence exact; the order of
-// the floating-point additions of a row does not depend on M, so neither does its result.
+// Levels are decoded once into eight registers and used for all M rows. Sums of products are integers, hence exact; the
+// order of the floating-point additions of a row does not depend on M, so neither does its result.
 #pragma once
 
 #include "codecs.h"
@@ -76,9 +76,8 @@ __attribute__((noinline)) void panel_of_32(const uint8_t* panel, int64_t k, cons
     const F32 scale = load_half(scales);
     sums_of_32<kType, M>(
         w, q, [&](int m) __attribute__((always_inline)) { return kMinima ? set_i(0) : start_sum<kType>(aux + m); },
-        [&](int m, I32 sum) __attribute__((always_inline)) {
-          total[m] = fma_f(int_to_f(sum), mul_f(scale, set_f(d[m])), total[m]);
-        });
+        [&](int m, I32 sum)
+            __attribute__((always_inline)) { total[m] = fma_f(int_to_f(sum), mul_f(scale, set_f(d[m])), total[m]); });
     if constexpr (kMinima) {
       const F32 minimum = load_half(scales + 32);
       const float* sums = reinterpret_cast<const float*>(aux);
@@ -155,8 +154,7 @@ struct SuperBlock {
 };
 
 template <Type kType, int M>
-__attribute__((noinline)) void panel_of_256(const uint8_t* panel, int64_t k, const ActTile& x, float* out,
-                                            int64_t ld) {
+__attribute__((noinline)) void panel_of_256(const uint8_t* panel, int64_t k, const ActTile& x, float* out, int64_t ld) {
   using F = Format<kType>;
   constexpr int kPairs = SuperBlock<kType>::kMinimumPairs;
   constexpr int kAux = kPairs ? kPairs : F::kSixteen ? 2 : 1;  // words of a row, by super-block or by 32
@@ -201,7 +199,8 @@ __attribute__((noinline)) void panel_of_256(const uint8_t* panel, int64_t k, con
         const F32 second = block.scale(header, 2 * s + 1);
         sums_of_16<kType, M>(
             w, q,
-            [&](int m, int h) __attribute__((always_inline)) { return kPairs ? set_i(0) : start_sum<kType>(aux + 2 * m + h); },
+            [&](int m, int h)
+                __attribute__((always_inline)) { return kPairs ? set_i(0) : start_sum<kType>(aux + 2 * m + h); },
             [&](int m, I32 a, I32 b) __attribute__((always_inline)) {
               acc[m] = fma_f(int_to_f(b), second, fma_f(int_to_f(a), first, acc[m]));
             });

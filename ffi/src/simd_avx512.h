@@ -11,7 +11,7 @@
 namespace ktx {
 namespace {
 
-using F32 = __m512;  // 16 floats
+using F32 = __m512;   // 16 floats
 using I32 = __m512i;  // 16 int32
 using I16 = __m512i;  // 16 pairs of int16
 using U8 = __m512i;   // 16 quads of uint8

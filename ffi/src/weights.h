@@ -28,7 +28,7 @@ struct Weights {
   int64_t k;
 
   bool repacked;
-  Buffer panels;     // repacked: [lead][ceil(n / 16)] panels of panel_bytes
+  Buffer panels;      // repacked: [lead][ceil(n / 16)] panels of panel_bytes
   BlocksView blocks;  // not repacked
   int64_t panel_size;
 
@@ -37,7 +37,8 @@ struct Weights {
   int64_t kernel_k() const { return type->group == 0 ? k : k / 32; }
   int64_t panels_per_lead() const { return (n + 15) / 16; }
 
-  // Panel `index` of leading index `lead_index`. Weights that are not repacked are interleaved into the thread's memory.
+  // Panel `index` of leading index `lead_index`. Weights that are not repacked are interleaved into the thread's
+  // memory.
   const uint8_t* panel(int64_t lead_index, int64_t index) const;
 };
 

@@ -22,18 +22,18 @@ namespace {
 
 std::mt19937 g_random(1);
 
-#define CHECK(condition)                                                         \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);       \
-      std::exit(1);                                                              \
-    }                                                                            \
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (false)
 
-constexpr ktx::Type kTypes[] = {
-    ktx::Type::kF32,  ktx::Type::kF16,  ktx::Type::kBF16, ktx::Type::kQ4_0, ktx::Type::kQ4_1,
-    ktx::Type::kQ5_0, ktx::Type::kQ5_1, ktx::Type::kQ8_0, ktx::Type::kQ2_K, ktx::Type::kQ3_K,
-    ktx::Type::kQ4_K, ktx::Type::kQ5_K, ktx::Type::kQ6_K, ktx::Type::kIQ4_NL, ktx::Type::kIQ4_XS};
+constexpr ktx::Type kTypes[] = {ktx::Type::kF32,  ktx::Type::kF16,    ktx::Type::kBF16,  ktx::Type::kQ4_0,
+                                ktx::Type::kQ4_1, ktx::Type::kQ5_0,   ktx::Type::kQ5_1,  ktx::Type::kQ8_0,
+                                ktx::Type::kQ2_K, ktx::Type::kQ3_K,   ktx::Type::kQ4_K,  ktx::Type::kQ5_K,
+                                ktx::Type::kQ6_K, ktx::Type::kIQ4_NL, ktx::Type::kIQ4_XS};
 
 std::vector<float> normal(int64_t n) {
   std::normal_distribution<float> distribution;
@@ -172,11 +172,27 @@ void test_attention() {
       const std::vector<float> r = normal(tokens * heads * rope);
       std::vector<float> out(q.size(), NAN);
       const void* data = bf16 ? static_cast<const void*>(bits.data()) : cache.data();
-      ktx::mla_attention({tokens, heads, {latent, rope}, q.data(), r.data(), false, data, bf16, pages, page, table.data(),
-                          1, pages, sequence.data(), positions.data(), 0.2f, out.data()});
+      ktx::mla_attention({tokens,
+                          heads,
+                          {latent, rope},
+                          q.data(),
+                          r.data(),
+                          false,
+                          data,
+                          bf16,
+                          pages,
+                          page,
+                          table.data(),
+                          1,
+                          pages,
+                          sequence.data(),
+                          positions.data(),
+                          0.2f,
+                          out.data()});
       for (float value : out) CHECK(std::isfinite(value));
       for (int64_t i = 0; i < heads * latent; ++i) {  // one row: its latent, the same for all heads
-        const float expected = bf16 ? ktx::bf16_to_float(bits[static_cast<size_t>(i % latent)]) : cache[static_cast<size_t>(i % latent)];
+        const float expected =
+            bf16 ? ktx::bf16_to_float(bits[static_cast<size_t>(i % latent)]) : cache[static_cast<size_t>(i % latent)];
         CHECK(std::fabs(out[static_cast<size_t>(i)] - expected) <= 1e-6f * std::fabs(expected));
         CHECK(out[static_cast<size_t>(2 * heads * latent + i)] == 0.0f);
       }
