@@ -110,7 +110,7 @@ class _Reader:
 
     def value(self, source: Source) -> jax.Array | QuantizedArray | HostArray:
         blocks, kind = source.blocks, source.ggml_type
-        if len(source.shape) == 1 or source.path.endswith(".mlp.gate"):
+        if len(source.shape) == 1 or (source.path.endswith(".mlp.gate") and not self._ffi):
             return jax.device_put(_dense(blocks, kind), self._device)
         if kind not in NATIVE_TYPES:
             blocks, error = to_q8_0(blocks, kind)
