@@ -23,8 +23,15 @@ inline void nibble_levels(const uint8_t* qs, uint8_t* out) {  // 16 bytes -> 32 
 }
 
 inline void fifth_bits(const uint8_t* qh, uint8_t* out) {  // bit i of 32 to level i
-  const uint32_t bits = load_u32(qh);
-  for (int i = 0; i < 32; ++i) out[i] |= static_cast<uint8_t>(((bits >> i) & 1) << 4);
+  constexpr uint64_t kEach = 0x0101010101010101;
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t bits = (qh[i] * kEach) & 0x8040201008040201;        // bit c alone in byte c
+    const uint64_t ones = ((bits + 0x7f7f7f7f7f7f7f7f) >> 7) & kEach;  // 1 where it is set
+    uint64_t levels;
+    std::memcpy(&levels, out + 8 * i, 8);
+    levels |= ones << 4;
+    std::memcpy(out + 8 * i, &levels, 8);
+  }
 }
 
 // Low nibbles of 32 bytes are one sub-block of 32, high nibbles the next.
