@@ -143,11 +143,21 @@ class LLM:
         for prompt in ids:
             self._engine.check_prompt(prompt, room=1)
         requests = [self._engine.add(prompt, params) for prompt in ids]
+        pieces: dict[Request, list[Chunk]] = {request: [] for request in requests}
+        live = {request: follow(self._engine, self.tokenizer, request) for request in requests}
         try:
-            return [self._complete(request) for request in requests]
+            while live:
+                ready = [request for request in live if request.unread or request.finish_reason is not None]
+                for request in ready:
+                    pieces[request].append(next(live[request]))
+                    if pieces[request][-1].finish_reason is not None:
+                        del live[request]
+                if not ready:
+                    self._engine.step()
         finally:
             for request in requests:
                 self._engine.abort(request)
+        return [_completion(request, pieces[request]) for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
         """Completes one prompt piece by piece; the last piece has the finish reason. Errors come before the first."""
@@ -204,16 +214,16 @@ class LLM:
         # Queued when the first piece is asked for: a generator that is dropped before then could not take it back.
         yield from follow(self._engine, self.tokenizer, self._engine.add(prompt, params))
 
-    def _complete(self, request: Request) -> Completion:
-        chunks = list(follow(self._engine, self.tokenizer, request))
-        wanted = request.params.logprobs is not None
-        return Completion(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-            finish_reason=chunks[-1].finish_reason or "abort",
-            prompt_tokens=len(request.prompt),
-            logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs) if wanted else None,
-        )
+
+def _completion(request: Request, chunks: Sequence[Chunk]) -> Completion:
+    wanted = request.params.logprobs is not None
+    return Completion(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        finish_reason=chunks[-1].finish_reason or "abort",
+        prompt_tokens=len(request.prompt),
+        logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs) if wanted else None,
+    )
 
 
 def use_compilation_cache() -> None:

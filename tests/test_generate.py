@@ -258,3 +258,14 @@ def test_chat(llm):
 def test_bad_arguments(llm, arguments, message):
     with pytest.raises(KtxError, match=message):
         LLM(llm.path, **arguments)
+
+
+def test_a_stop_text_ends_each_prompt_when_it_comes(llm):
+    """Nothing is computed past a stop text, in whichever prompt of a batch it comes first."""
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    prompts = [[5, 6, 7], [9, 8], [30, 31, 32, 33]]
+    texts = [reply.text for reply in llm.generate(prompts, params)]
+    stop = next(texts[2][i : i + 1] for i in range(len(texts[2])) if texts[2][i] not in texts[0] + texts[1])
+    replies = llm.generate(prompts, SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, stop=stop))
+    assert [reply.finish_reason for reply in replies] == ["length", "length", "stop"]
+    assert len(replies[2].token_ids) < 24

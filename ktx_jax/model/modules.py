@@ -127,8 +127,7 @@ class Router(nnx.Module):
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (c.n_routed_experts, c.hidden_size)) * _INIT_STD)
 
     def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        wide = x.astype(jnp.float32)
-        return jax.nn.softmax(jnp.einsum("td,ed->te", wide, self.weight.get_value(), precision="highest"), axis=-1)
+        return jax.nn.softmax(ops.matmul(x.astype(jnp.float32), self.weight.get_value()), axis=-1)
 
     def __call__(self, x: Float[Array, "T D"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         c, scores = self.config, self.scores(x)
