@@ -49,6 +49,8 @@ def place(choices: Choices, inventory: Inventory, findings: Findings) -> Placeme
         for parameter in unit.parameters:
             by_path[parameter.path] = placer.place(parameter, unit, stage, stages[stage])
         placer.check_unit(unit, by_path, stages[stage])
+    if inventory.config.tie_word_embeddings and unit_stages[0] != unit_stages[-1]:
+        findings.add(choices.stage_mark, "this model's head is its embedding: both must be in one stage, so it has one")
     return Placement(stages, by_path, tuple(unit_stages))
 
 
