@@ -87,8 +87,9 @@ def load_model(
     reader.report()
     # The CPU kernels read k_b by rows of the latent, as new files hold it: see `_Reader.value`.
     model = abstract_model(dataclasses.replace(config, k_b_transposed=True) if ffi else config)
-    for layer in model.model.layers:
-        layer.self_attn.implementation = implementation
+    for _, module in nnx.iter_modules(model):
+        if hasattr(module, "implementation"):
+            module.implementation = implementation
     graphdef, state = nnx.split(model)
     filled = [(key, leaf.replace(values[_path(key)])) for key, leaf in nnx.to_flat_state(state)]
     return Loaded(graphdef, nnx.from_flat_state(filled), tuple(reader.host_weights))
