@@ -4,6 +4,7 @@
 from ktx_ffi._attention import cache_write, mla_attention
 from ktx_ffi._library import available, isa, measure_limits, set_threads, threads, why_unavailable
 from ktx_ffi._matmul import batched_matmul, embed, experts, matmul, mlp
+from ktx_ffi._norm import rms_norm
 from ktx_ffi._weights import SUPPORTED_TYPES, Weights
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "measure_limits",
     "mla_attention",
     "mlp",
+    "rms_norm",
     "set_threads",
     "threads",
     "why_unavailable",

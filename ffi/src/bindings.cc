@@ -107,5 +107,6 @@ NB_MODULE(_ktx_ffi, m) {
   handlers["ktx_mla_attention"] = handler(ktx_mla_attention);
   handlers["ktx_cache_write"] = handler(ktx_cache_write);
   handlers["ktx_embed"] = handler(ktx_embed);
+  handlers["ktx_rms_norm"] = handler(ktx_rms_norm);
   m.attr("HANDLERS") = handlers;
 }

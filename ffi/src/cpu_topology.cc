@@ -37,14 +37,14 @@ int cpu_quota() {
   return static_cast<int>(std::ceil(std::stod(quota) / period));
 }
 
-void pin_to_cpu(int cpu) {
+void pin_to_cpus(const std::vector<int>& cpus) {
 #if defined(__linux__)
-  cpu_set_t one;
-  CPU_ZERO(&one);
-  CPU_SET(cpu, &one);
-  sched_setaffinity(0, sizeof one, &one);  // refused in some containers; the thread then floats
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int cpu : cpus) CPU_SET(cpu, &set);
+  sched_setaffinity(0, sizeof set, &set);  // refused in some containers; the thread then floats
 #else
-  (void)cpu;
+  (void)cpus;
 #endif
 }
 

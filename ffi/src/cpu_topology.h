@@ -11,7 +11,7 @@ std::vector<int> physical_cores();
 // The CPUs' worth of time this process may use (cgroup v2 quota, rounded up); 0 if there is no limit.
 int cpu_quota();
 
-// Binds the calling thread to one CPU, where the system can.
-void pin_to_cpu(int cpu);
+// Binds the calling thread to these CPUs, where the system can.
+void pin_to_cpus(const std::vector<int>& cpus);
 
 }  // namespace ktx

@@ -10,4 +10,5 @@ XLA_FFI_Error* ktx_experts(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ktx_mla_attention(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ktx_cache_write(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ktx_embed(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* ktx_rms_norm(XLA_FFI_CallFrame* call_frame);
 }

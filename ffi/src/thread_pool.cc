@@ -60,11 +60,15 @@ struct Call {
 class Pool {
  public:
   explicit Pool(int threads) : size_(threads) {
+    // Workers keep to one logical CPU of each core, but not to one core each: callers float, and a worker bound to the
+    // core a caller is on would wait for it while another core is idle.
     const std::vector<int> cores = physical_cores();
+    const bool pin = static_cast<size_t>(threads) <= cores.size();
     for (int i = 1; i < threads; ++i) {
-      // The first core is left to the callers. More threads than cores float.
-      const int cpu = static_cast<size_t>(threads) <= cores.size() ? cores[static_cast<size_t>(i)] : -1;
-      workers_.emplace_back([this, cpu] { work(cpu); });
+      workers_.emplace_back([this, cores, pin] {
+        if (pin) pin_to_cpus(cores);
+        work();
+      });
     }
   }
 
@@ -112,8 +116,7 @@ class Pool {
     return nullptr;
   }
 
-  void work(int cpu) {
-    if (cpu >= 0) pin_to_cpu(cpu);
+  void work() {
 #if defined(__linux__)
     pthread_setname_np(pthread_self(), "ktx_ffi");
 #endif
