@@ -31,16 +31,13 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight, in float32."""
-
     def __init__(self, size: int, eps: float):
         self.weight = nnx.Param(jnp.ones(size))
         self.eps = eps
+        self.implementation = "xla"
 
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.weight.get_value()).astype(x.dtype)
+        return ops.rms_norm(x, self.weight.get_value(), self.eps, implementation=self.implementation)
 
 
 class Embedding(nnx.Module):
