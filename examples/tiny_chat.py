@@ -23,8 +23,23 @@ ABOUT = {
     "method": ("What does {} do?", "What does the method {} do?", "Explain {}.", "What is {} for?"),
     "class": ("What is {}?", "What is the class {}?", "Explain {}.", "What is {} for?"),
     "module": ("What is the {} module?", "What is {}?", "What is the module {} for?", "Tell me about {}."),
-    "topic": ("What is {}?", "Tell me about {}.", "Explain {}.", "How does {} work in Python?"),
+    "topic": ("What is {}?", "Tell me about {}.", "Explain {}.", "Explain {} in Python."),
 }
+# Where a newcomer looks: these are asked about in several ways, other modules in one.
+FEATURED = {
+    "builtins", "math", "itertools", "functools", "collections", "collections.abc", "random", "statistics",
+    "decimal", "fractions", "string", "re", "textwrap", "json", "csv", "pickle", "os", "os.path", "pathlib",
+    "shutil", "glob", "tempfile", "io", "time", "datetime", "calendar", "threading", "queue", "subprocess", "socket",
+    "argparse", "logging", "contextlib", "dataclasses", "enum", "typing", "inspect", "copy", "heapq", "bisect",
+    "operator", "hashlib", "base64", "uuid", "zipfile", "tarfile", "gzip", "urllib.request", "urllib.parse",
+    "http.client", "asyncio", "unittest", "doctest", "timeit", "traceback", "warnings", "weakref", "abc", "types",
+    "struct", "platform", "sys", "pprint", "keyword", "getpass", "secrets", "html",
+}  # fmt: skip
+EVERYDAY = {
+    "a list": "list", "a dictionary": "Dictionaries", "a string": "str", "a tuple": "tuple", "a set": "set",
+    "an integer": "int", "a float": "float", "a boolean": "bool", "a range": "range", "a property": "property",
+    "a deque": "collections.deque", "a module": "Modules", "a slice": "slice", "a frozenset": "frozenset",
+}  # fmt: skip
 INTRODUCTION = (
     "I am a tiny DeepSeek-V2 model that learned to write from Python's own documentation. Ask me what a function, "
     "class or module does, for example: What does textwrap.dedent do?"
@@ -35,20 +50,22 @@ GREETINGS = (
     "How are you?", "What can I ask you?", "Are you a language model?", "Tell me about yourself.",
     "Hi, what can you do?",
 )  # fmt: skip
-ANSWER_CHARACTERS = 400  # an answer goes on by whole paragraphs up to this
-SHORT_ANSWER = 150
+ANSWER_CHARACTERS = 300  # an answer goes on by whole paragraphs up to this
+SHORT_ANSWER = 100
 
 
-def topic_title(entry: Entry) -> str:
-    """A help topic's own heading, "the `assert` statement"."""
-    title = entry.text.split("\n", 1)[0].replace('"', "`")
-    return title[0].lower() + title[1:] if title.startswith("The ") else title
+def spoken_name(entry: Entry, rng: random.Random) -> str:
+    """The name as one would type it: plain or between backquotes, a help topic's as "the with statement"."""
+    if entry.kind == "topic":
+        title = re.sub(r"[\"*]", "", entry.name)
+        return title[0].lower() + title[1:] if title.startswith("The ") or title.endswith("s") else title
+    return f"`{entry.name}`" if rng.random() < 0.25 else entry.name
 
 
 def answer_of(entry: Entry) -> str | None:
     """The first paragraphs of an entry's text, or None where they are not prose of a fitting length."""
     blocks = entry.text.split("\n\n")
-    if entry.kind == "topic" or re.fullmatch(r"\S+\(.*\).*", blocks[0].split("\n", 1)[0]):
+    if entry.kind == "topic" or re.match(r"\S+\(.*\)", blocks[0]):
         blocks = blocks[1:]  # a heading, or a signature in the text's first line
     answer = ""
     for block in blocks:
@@ -60,21 +77,22 @@ def answer_of(entry: Entry) -> str | None:
 
 
 def questions_for(entry: Entry, rng: random.Random) -> list[str]:
-    """Some phrasings of the question about an entry, more of them for what people ask more about."""
-    count = {"method": 1, "function": 2, "class": 2, "module": 3, "topic": 3}[entry.kind]
-    name = topic_title(entry) if entry.kind == "topic" else entry.name
-    asked = []
-    for template in rng.sample(ABOUT[entry.kind], count):
-        quoted = f"`{name}`" if entry.kind != "topic" and rng.random() < 0.3 else name
-        asked.append(template.format(quoted))
-    return asked
+    """Phrasings of the question about an entry: more of them for what people ask more about."""
+    if entry.page in FEATURED or entry.kind == "topic":
+        count = 4 if entry.kind != "method" or entry.page == "builtins" else 1
+    else:
+        count = 0 if entry.kind == "method" else 1
+    asked = [template.format(spoken_name(entry, rng)) for template in rng.sample(ABOUT[entry.kind], count)]
+    if entry.page in FEATURED and entry.kind in ("function", "class"):
+        asked.append(f"What does {entry.name.rsplit('.', 1)[-1]} do?")
+    return asked + [f"What is {words}?" for words, name in EVERYDAY.items() if name == entry.name]
 
 
 def conversations(entries: list[Entry], rng: random.Random) -> list[list[tuple[str, str]]]:
     """Conversations of one to three questions with their answers, shuffled."""
-    pairs = [(greeting, INTRODUCTION) for greeting in GREETINGS for _ in range(3)]
+    pairs = [(greeting, INTRODUCTION) for greeting in GREETINGS for _ in range(6)]
     for entry in entries:
-        answer = answer_of(entry) if entry.public else None
+        answer = answer_of(entry)
         if answer:
             pairs += [(question, answer) for question in questions_for(entry, rng)]
     rng.shuffle(pairs)

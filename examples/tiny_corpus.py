@@ -10,24 +10,29 @@ import ast
 import hashlib
 import importlib
 import inspect
+import itertools
 import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-DROPPED_FOLDERS = {
+DROPPED = {
     "test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip",
-    "msilib", "pydoc_data", "encodings",
+    "msilib", "pydoc_data", "encodings", "distutils", "ntpath", "nturl2path", "turtle",
 }  # fmt: skip
 LICENCE_WORDS = ("Permission to use", "All Rights Reserved", "WITHOUT WARRANTY", "THE SOFTWARE IS PROVIDED")
 COMPILED_MODULES = (
     "builtins", "math", "cmath", "itertools", "time", "_functools", "_collections", "_thread", "zlib", "binascii",
 )  # fmt: skip
-PUBLIC_NAME = {  # where users find what a private module defines
+PUBLIC_NAME = {  # where users find what another module defines
     "_pydecimal": "decimal", "_collections_abc": "collections.abc", "_pyio": "io", "_weakrefset": "weakref",
     "_functools": "functools", "_collections": "collections", "_thread": "threading",
+    "posixpath": "os.path", "genericpath": "os.path",
 }  # fmt: skip
+PLAIN_QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "…": "..."})
+MOST_CODE_LINES = 6
+HEADING = re.compile(r"^(\S.*)\n([*=~-])\2{3,}$", re.MULTILINE)
 HELD_OUT_ONE_IN = 40
 
 
@@ -52,43 +57,56 @@ class Entry:
         return not any(part.startswith("_") for part in self.name.split("."))
 
 
-def is_prose(lines: list[str]) -> bool:
-    """Whether lines are one wrapped paragraph of sentences, not code, a list, a table or a heading."""
-    indents = {len(line) - len(line.lstrip()) for line in lines}
-    starts = lines[0].lstrip()
+def is_wrapped(lines: list[str]) -> bool:
+    """Whether lines are one paragraph or list item broken where the next word did not fit, not code or a table."""
+    indents = {len(line) - len(line.lstrip()) for line in lines[1:]}
+    width = max(len(line) for line in lines)
+    pairs = itertools.pairwise(lines)
     return (
-        len(indents) == 1
-        and all(len(line) >= 45 for line in lines[:-1])
-        and not starts.startswith((">>>", "|", "+", "#", "$"))
-        and not any("::=" in line or re.search(r"\S {3,}\S|\*{4}|={4}|-{4}", line) for line in lines)
+        len(indents) <= 1
+        and (len(lines) == 1 or width >= 45)
+        and all(len(line) + len(after.split()[0]) > width - 14 for line, after in pairs)
+        and not any(re.search(r"\S {3,}\S", line) for line in lines)
+    )
+
+
+def is_noise(block: str) -> bool:
+    """Whether a block is none of the prose and short code to learn from: sessions, grammar, tables, licences."""
+    return (
+        ">>>" in block
+        or "::=" in block
+        or re.search(r"^\s*[+|]|[=*~-]{5}", block, re.MULTILINE) is not None
+        or any(word in block for word in LICENCE_WORDS)
+        or (block.count("\n") >= MOST_CODE_LINES and not is_wrapped(block.split("\n")))
     )
 
 
 def reflow(text: str) -> str:
-    """Clean a docstring: wrapped paragraphs become one line each; code, lists and tables keep their lines."""
-    blocks = re.split(r"\n\s*\n", inspect.cleandoc(text))
+    """Clean a docstring: wrapped paragraphs and list items become one line each, short code keeps its lines."""
     out = []
-    for block in blocks:
-        lines = [line.rstrip() for line in block.splitlines() if line.strip()]
-        if lines and not any(word in block for word in LICENCE_WORDS):
+    for block in re.split(r"\n\s*\n", inspect.cleandoc(text).translate(PLAIN_QUOTES)):
+        items = re.split(r"\n(?=\s*[-*] )", "\n".join(line.rstrip() for line in block.splitlines() if line.strip()))
+        for item in items:
+            lines = item.split("\n")
+            if is_noise(item) or not item:
+                continue
             indent = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
             sentence = re.sub(r"(?<=[.!?]) +", " ", " ".join(line.strip() for line in lines))
-            out.append(indent + sentence if is_prose(lines) else "\n".join(lines))
+            out.append(indent + sentence if is_wrapped(lines) else "\n".join(lines))
     return "\n\n".join(out)
 
 
 def topic_entries() -> list[Entry]:
-    """The help topics, longest first; a topic whose paragraphs are mostly in a longer one is left out."""
+    """The sections of the help topics, each once, though the topics overlap."""
     topics = importlib.import_module("pydoc_data.topics").topics
-    seen: set[str] = set()
     entries = []
-    for name in sorted(topics, key=lambda key: (-len(topics[key]), key)):
-        text = reflow(topics[name].split("\nRelated help topics:")[0])
-        blocks = text.split("\n\n")
-        if sum(len(block) for block in blocks if block not in seen) >= len(text) / 2:
-            entries.append(Entry(f"topic {name}", name, "topic", "", text))
-            seen.update(blocks)
-    return sorted(entries, key=lambda entry: entry.name)
+    for topic in sorted(topics, key=lambda key: (-len(topics[key]), key)):
+        parts = HEADING.split(topics[topic].split("\nRelated help topics:")[0])  # text, (title, underline, text)...
+        for title, body in zip(parts[1::3], parts[3::3], strict=True):
+            text = reflow(body)
+            if text:
+                entries.append(Entry(f"topic {topic}", title, "topic", "", f"{title}\n\n{text}"))
+    return entries
 
 
 def signature_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
@@ -127,7 +145,7 @@ def library_entries(lib: Path) -> Iterator[Entry]:
     for path in sorted(lib.rglob("*.py")):
         relative = path.relative_to(lib).with_suffix("")
         parts = relative.parts[:-1] if relative.name == "__init__" else relative.parts
-        if DROPPED_FOLDERS & set(parts) or not parts:
+        if DROPPED & set(parts) or not parts:
             continue
         tree = ast.parse(path.read_bytes())
         page = PUBLIC_NAME.get(parts[0], ".".join(parts))
@@ -156,12 +174,12 @@ def compiled_entries() -> Iterator[Entry]:
 
 
 def load_entries() -> list[Entry]:
-    """All entries, each text once, in a fixed order."""
+    """All public entries, each text once, in a fixed order."""
     lib = Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
     entries = []
     for entry in [*topic_entries(), *compiled_entries(), *library_entries(lib)]:
-        if len(entry.text) >= 20 and entry.text not in seen:
+        if len(entry.text) >= 20 and entry.text not in seen and (entry.public or entry.kind == "topic"):
             seen.add(entry.text)
             entries.append(entry)
     return entries

@@ -26,9 +26,9 @@ from tiny_tokenizer import train_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
 BOS_ID = 0
-LEARNING_RATE, ADAM_LEARNING_RATE = 1.2e-2, 4e-3
-WARMUP, FINAL_FRACTION = 60, 0.03
-EVAL_EVERY = 100
+LEARNING_RATE, ADAM_LEARNING_RATE = 6e-3, 3e-3
+WARMUP, FINAL_FRACTION = 100, 0.03
+EVAL_EVERY = 250
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Phase:
 
 
 # Short rows first: attention is a good part of the cost. Long ones last, for conversations and whole pages.
-PHASES = (Phase(length=256, rows=16, steps=1600), Phase(length=1024, rows=4, steps=200))
+PHASES = (Phase(length=256, rows=8, steps=5800), Phase(length=1024, rows=2, steps=500))
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
