@@ -33,6 +33,8 @@ def _set_debug(value: bool) -> bool:
 
 
 Model = Annotated[Path, typer.Argument(help="A GGUF file, any part of a split one, or a directory with one model.")]
+OptionalModel = Annotated[Path | None, typer.Argument(help="A GGUF file, any part of a split one, or a directory.")]
+Preset = Annotated[str | None, typer.Option(help="A published model in place of a file: deepseek-v2.5, -v2, -v2-lite.")]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug, is_eager=True, expose_value=False)
 ]
@@ -186,6 +188,71 @@ def synth(
     from ktx_jax.commands.synth import synth
 
     return synth(shape, layers, quant, out, seed)
+
+
+@app.command()
+def plan(
+    model: OptionalModel = None,
+    preset: Preset = None,
+    quant: Annotated[str, typer.Option(help="With --preset: the mix of types, q4_k_m, q8_0, ...")] = "q4_k_m",
+    rules: Annotated[Path | None, typer.Option(help="A rule file, in either dialect. [default: one device]")] = None,
+    auto: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Choose rules for the devices, and write them to this file.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="How many. [default: those that the rules name]")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Their kind: h200, h100, a100-80g, rtx4090, cpu, or a YAML file.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="GB,...", help="Usable memory of each, in place of the target's.")
+    ] = None,
+    host_memory: Annotated[float | None, typer.Option(min=0, metavar="GB", help="Usable memory of the host.")] = None,
+    context: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and reply together.")] = 4096,
+    batch: Batch = 8,
+    dtype: Dtype = "bfloat16",
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the plan in an HTML file.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw it as PNG (extra `plot`).")] = None,
+    debug: Debug = False,
+) -> int:
+    """Show what goes where under a rule file, and whether it fits.
+
+    The devices need not be here, and of the model only headers are read. Exit code 1: it does not fit.
+    """
+    from ktx_jax.commands.plan import PlanOptions, plan
+
+    options = PlanOptions(
+        model, preset, quant, rules, auto, devices, target, memory, host_memory, context, batch, dtype,
+        as_json, html, png,
+    )  # fmt: skip
+    return plan(options)
+
+
+rules_app = typer.Typer(help="Check and convert rule files.", rich_markup_mode=None)
+app.add_typer(rules_app, name="rules")
+RuleFile = Annotated[Path, typer.Argument(help="A rule file.")]
+
+
+@rules_app.command("check")
+def rules_check(
+    file: RuleFile,
+    model: OptionalModel = None,
+    preset: Preset = None,
+    quant: Annotated[str, typer.Option(help="With --preset: the mix of types.")] = "q4_k_m",
+    debug: Debug = False,
+) -> int:
+    """Say all that is wrong with a rule file for a model."""
+    from ktx_jax.commands.rules import check
+
+    return check(file, model, preset, quant)
+
+
+@rules_app.command("convert")
+def rules_convert(file: RuleFile, model: OptionalModel = None, preset: Preset = None, debug: Debug = False) -> int:
+    """Print a ktransformers rule file in the native dialect."""
+    from ktx_jax.commands.rules import convert
+
+    return convert(file, model, preset)
 
 
 def _model_options(

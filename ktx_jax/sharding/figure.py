@@ -108,7 +108,9 @@ def _cells(plan: "Plan", layout: _Layout) -> list[Rect | Line | Text]:
     biggest: dict[tuple[str, str, str], PlacedParameter] = {}
     for p in plan.parameters:
         part = _part(p.path)
-        for device in p.devices if part is not None else ():
+        if part is None:
+            continue
+        for device in p.devices:
             key = (_unit(p.path), device, part)
             if key not in biggest or p.nbytes > biggest[key].nbytes:
                 biggest[key] = p
