@@ -106,7 +106,8 @@ void finish_f32(const LatentShape& shape, const float* state, int heads, float* 
   const State s(const_cast<float*>(state));
   for (int h = 0; h < heads; ++h) {
     const float* mean = s.mean + h * shape.padded_latent();
-    for (int64_t i = 0; i < shape.latent; ++i) out[h * shape.latent + i] = mean[i] / s.sum[h];
+    const float sum = s.sum[h];
+    for (int64_t i = 0; i < shape.latent; ++i) out[h * shape.latent + i] = mean[i] / sum;
   }
 }
 

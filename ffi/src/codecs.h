@@ -84,16 +84,13 @@ struct Format {
   }
 };
 
-// How far ahead levels are fetched into the second-level cache where several rows share them; with one row the hardware
-// keeps up, and a panel that another tile just used costs little.
+// How far ahead levels are fetched into the second-level cache; within it, the next panel too.
 constexpr int kAhead = 8192;
 
-template <Type kType, int M>
+template <Type kType>
 KTX_INLINE void fetch_ahead(const uint8_t* p) {
-  if constexpr (M > 1) {
 #pragma GCC unroll 8
-    for (int i = 0; i < Format<kType>::kLayout.codec_bytes; i += 64) __builtin_prefetch(p + kAhead + i, 0, 2);
-  }
+  for (int i = 0; i < Format<kType>::kLayout.codec_bytes; i += 64) __builtin_prefetch(p + kAhead + i, 0, 2);
 }
 
 // acc[r] += the four levels of row r times x.

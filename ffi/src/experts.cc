@@ -36,6 +36,26 @@ struct TileBlock {
   int64_t tile_last;
 };
 
+// Some hidden columns of a block of tiles.
+struct HiddenUnit {
+  size_t block;
+  int64_t part;
+};
+
+// All blocks of an expert for some columns, then the next columns: weights come from memory once.
+std::vector<HiddenUnit> hidden_units(const std::vector<TileBlock>& blocks, int64_t parts) {
+  std::vector<HiddenUnit> units;
+  for (size_t first = 0; first < blocks.size();) {
+    size_t last = first;
+    while (last < blocks.size() && blocks[last].expert == blocks[first].expert) ++last;
+    for (int64_t part = 0; part < parts; ++part) {
+      for (size_t b = first; b < last; ++b) units.push_back({b, part});
+    }
+    first = last;
+  }
+  return units;
+}
+
 std::vector<TileBlock> block_tiles(const ExpertPlan& plan, int64_t row_bytes) {
   std::vector<TileBlock> blocks;
   for (const ExpertPlan::Group& g : plan.groups) {
@@ -82,8 +102,11 @@ class ExpertsRun {
     if (split) {
       hidden_values_split(column_blocks, scratch.take<float>(static_cast<size_t>(rows * call_.down.k)));
     } else {
-      parallel_for(
-          units, [&](int64_t u) { hidden_values(blocks_[static_cast<size_t>(u / column_blocks)], u % column_blocks); });
+      const std::vector<HiddenUnit> list = hidden_units(blocks_, column_blocks);
+      parallel_for(units, [&](int64_t i) {
+        const HiddenUnit& unit = list[static_cast<size_t>(i)];
+        hidden_values(blocks_[unit.block], unit.part);
+      });
     }
     output();
   }
@@ -168,16 +191,19 @@ class ExpertsRun {
     constexpr int64_t kPartsPerBlock = kColumns / kFewColumns;
     const size_t counters = blocks_.size() * static_cast<size_t>(column_blocks);
     const std::unique_ptr<std::atomic<int>[]> done(new std::atomic<int>[counters]());
-    parallel_for(static_cast<int64_t>(blocks_.size()) * parts, [&](int64_t unit) {
-      const TileBlock& b = blocks_[static_cast<size_t>(unit / parts)];
-      const int64_t part = unit % parts;
+    const std::vector<HiddenUnit> units = hidden_units(blocks_, parts);
+    parallel_for(static_cast<int64_t>(units.size()), [&](int64_t i) {
+      const HiddenUnit& unit = units[static_cast<size_t>(i)];
+      const TileBlock& b = blocks_[unit.block];
+      const int64_t part = unit.part;
       const int64_t column_block = part / kPartsPerBlock;
       float* rows = values + tile(b.tile_first).offset * f;
       gated(b, part * kFewColumns, std::min((part + 1) * kFewColumns, f), rows + part * kFewColumns, f);
       const int64_t begin = column_block * kColumns;
       const int64_t end = std::min(begin + kColumns, f);
       const int all = static_cast<int>((end - begin + kFewColumns - 1) / kFewColumns);
-      std::atomic<int>& counter = done[static_cast<size_t>(unit / parts * column_blocks + column_block)];
+      std::atomic<int>& counter =
+          done[unit.block * static_cast<size_t>(column_blocks) + static_cast<size_t>(column_block)];
       if (counter.fetch_add(1, std::memory_order_acq_rel) + 1 == all) {
         quantize_hidden(b, begin, end - begin, rows + begin, f);
       }

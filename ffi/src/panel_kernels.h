@@ -71,7 +71,7 @@ __attribute__((noinline)) void panel_of_32(const uint8_t* panel, int64_t k, cons
     U8 w[8];
     const uint8_t* levels = panel + F::kLayout.header_bytes + odd * F::kLayout.codec_bytes;
     F::decode(levels, w);
-    fetch_ahead<kType, M>(levels);
+    fetch_ahead<kType>(levels);
     const uint8_t* scales = panel + odd * (F::kLayout.header_bytes / 2);
     const F32 scale = load_half(scales);
     sums_of_32<kType, M>(
@@ -193,7 +193,7 @@ __attribute__((noinline)) void panel_of_256(const uint8_t* panel, int64_t k, con
     for (int s = 0; s < 8; ++s, q += 32 * M, panel += F::kLayout.codec_bytes) {
       U8 w[8];
       F::decode(panel, w);
-      fetch_ahead<kType, M>(panel);
+      fetch_ahead<kType>(panel);
       if constexpr (F::kSixteen) {
         const F32 first = block.scale(header, 2 * s);
         const F32 second = block.scale(header, 2 * s + 1);
