@@ -41,7 +41,7 @@ class Phase:
 
 
 # Short rows first: attention is a good part of the cost. Long ones last, for conversations and whole pages.
-PHASES = (Phase(length=256, rows=8, steps=5800), Phase(length=1024, rows=2, steps=500))
+PHASES = (Phase(length=256, rows=8, steps=4000), Phase(length=1024, rows=2, steps=300))
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
