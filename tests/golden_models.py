@@ -60,10 +60,15 @@ def small_llm() -> LLM:
     return llm
 
 
-def mean_kl(truth: np.ndarray, logits: np.ndarray) -> float:
-    """Nats a token from the distributions of `truth` to those of `logits`, computed in float64."""
+def token_kl(truth: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Nats from each token's distribution of `truth` to that of `logits`, computed in float64."""
     p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in map(np.float64, (truth, logits)))
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def mean_kl(truth: np.ndarray, logits: np.ndarray) -> float:
+    """The mean of `token_kl`."""
+    return float(token_kl(truth, logits).mean())
 
 
 def relative_error(truth: np.ndarray, logits: np.ndarray) -> float:

@@ -162,3 +162,16 @@ def test_under_jit_the_handle_is_an_operand():
     for w in ws:
         np.testing.assert_array_equal(f(x, w.operand), ktx_ffi.matmul(x, w, 24))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("ggml_type", [T.Q4_K, T.Q6_K, T.Q5_0, T.Q8_0], ids=lambda t: t.name)
+def test_precise_keeps_fifteen_bits(ggml_type):
+    """Nearly float32's own result, and the same to the bit for any number of rows."""
+    rng = np.random.default_rng(5)
+    raw = random_blocks(rng, ggml_type, 40, 512)
+    x = rng.standard_normal((19, 512)).astype(np.float32)
+    truth = x.astype(np.float64) @ dequantize(raw, ggml_type).T.astype(np.float64)
+    w = ktx_ffi.Weights(raw, ggml_type)
+    rough, fine = run(x, w, 40), run(x, w, 40, precise=True)
+    assert np.linalg.norm(fine - truth) < np.linalg.norm(rough - truth) / 50
+    np.testing.assert_array_equal(run(x[:1], w, 40, precise=True), fine[:1])

@@ -23,6 +23,7 @@ struct Problem {
   const Kernels& kernels;
   const Weights& w;
   const Activations& acts;
+  const Activations* lost;         // what quantization lost of them, or none
   const std::vector<Tile>& tiles;  // of every leading index in turn
   int64_t tiles_per_lead;
   OutputRows out;  // row = token * lead + leading index
@@ -33,9 +34,14 @@ void quantize_all(const Problem& p, const InputRows& x) {
     const Tile& tile = p.tiles[static_cast<size_t>(i)];
     const int64_t lead_index = i / p.tiles_per_lead;
     const size_t bytes = static_cast<size_t>(p.w.k) * sizeof(float);
-    float* buffer = x.bf16 ? reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, bytes)) : nullptr;
+    float* buffer = reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, 2 * bytes));
     for (int m = 0; m < tile.rows; ++m) {
-      p.acts.quantize(p.kernels, tile, m, x.row((tile.first + m) * p.w.lead + lead_index, p.w.k, buffer));
+      const float* row = x.row((tile.first + m) * p.w.lead + lead_index, p.w.k, buffer);
+      p.acts.quantize(p.kernels, tile, m, row);
+      if (p.lost != nullptr) {
+        p.acts.residual(tile, m, row, buffer + p.w.k);
+        p.lost->quantize(p.kernels, tile, m, buffer + p.w.k);
+      }
     }
   };
   const int64_t count = static_cast<int64_t>(p.tiles.size());
@@ -50,12 +56,18 @@ void quantize_all(const Problem& p, const InputRows& x) {
 void multiply(const Problem& p, int64_t lead_index, int64_t first, int64_t last, int64_t tile_first,
               int64_t tile_last) {
   alignas(64) float block[kMaxTileRows * kPanelRows];
+  alignas(64) float rest[kMaxTileRows * kPanelRows];
   for (int64_t i = first; i < last; ++i) {
     const uint8_t* panel = p.w.panel(lead_index, i);
     const int64_t columns = std::min<int64_t>(kPanelRows, p.w.n - i * kPanelRows);
     for (int64_t t = tile_first; t < tile_last; ++t) {
       const Tile& tile = p.tiles[static_cast<size_t>(lead_index * p.tiles_per_lead + t)];
-      p.kernels.panel(p.w.type->type, tile.padded)(panel, p.w.kernel_k(), p.acts.tile(tile), block, kPanelRows);
+      const PanelKernel kernel = p.kernels.panel(p.w.type->type, tile.padded);
+      kernel(panel, p.w.kernel_k(), p.acts.tile(tile), block, kPanelRows);
+      if (p.lost != nullptr) {
+        kernel(panel, p.w.kernel_k(), p.lost->tile(tile), rest, kPanelRows);
+        for (int j = 0; j < tile.rows * kPanelRows; ++j) block[j] += rest[j];
+      }
       for (int m = 0; m < tile.rows; ++m) {
         p.out.write((tile.first + m) * p.w.lead + lead_index, i * kPanelRows, block + m * kPanelRows, columns);
       }
@@ -65,17 +77,20 @@ void multiply(const Problem& p, int64_t lead_index, int64_t first, int64_t last,
 
 }  // namespace
 
-void matmul(const Weights& w, int64_t tokens, const void* x, bool x_bf16, void* out, bool out_bf16) {
+void matmul(const Weights& w, int64_t tokens, const void* x, bool x_bf16, void* out, bool out_bf16, bool precise) {
   if (tokens == 0 || w.lead == 0 || w.n == 0) return;
   const Kernels& k = kernels();
   std::vector<Tile> tiles;
   int64_t padded = 0;
   for (int64_t l = 0; l < w.lead; ++l) padded = append_tiles(k, 0, tokens, padded, &tiles);
   Activations acts(w.type->type, w.k);
-  Scratch scratch(acts.bytes(padded));
+  Activations lost(w.type->type, w.k);
+  precise = precise && w.type->group != 0;  // floating-point weights take activations as they are
+  Scratch scratch((precise ? 2 : 1) * acts.bytes(padded));
   acts.place(scratch.take<uint8_t>(acts.bytes(padded)), padded);
+  if (precise) lost.place(scratch.take<uint8_t>(lost.bytes(padded)), padded);
   const int64_t per_lead = static_cast<int64_t>(tiles.size()) / w.lead;
-  const Problem p{k, w, acts, tiles, per_lead, {out, out_bf16, w.n}};
+  const Problem p{k, w, acts, precise ? &lost : nullptr, tiles, per_lead, {out, out_bf16, w.n}};
   quantize_all(p, {x, x_bf16, w.k});
 
   const int64_t row_bytes = w.type->group == 0 ? 4 * w.k : w.k;
@@ -87,8 +102,9 @@ void matmul(const Weights& w, int64_t tokens, const void* x, bool x_bf16, void* 
   const int64_t chunk = std::clamp<int64_t>(panels / wanted, least, std::max<int64_t>(least, 64));
   const int64_t chunks = (panels + chunk - 1) / chunk;
   parallel_for(w.lead * blocks * chunks, [&](int64_t unit) {
-    const int64_t first = unit % chunks * chunk;
-    const int64_t tile_first = unit / chunks % blocks * block;
+    // All rows for some panels, then the next panels: weights come from memory once.
+    const int64_t first = unit / blocks % chunks * chunk;
+    const int64_t tile_first = unit % blocks * block;
     multiply(p, unit / (chunks * blocks), first, std::min(first + chunk, panels), tile_first,
              std::min(tile_first + block, per_lead));
   });

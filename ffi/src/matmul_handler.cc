@@ -7,7 +7,7 @@ namespace ktx {
 namespace {
 
 // x [T, K] with weights [N, K], or x [T, H, K] with weights [H, N, K].
-xla::ffi::Error run(AnyBuffer x, AnyBuffer handle, AnyResult out) {
+xla::ffi::Error run(AnyBuffer x, AnyBuffer handle, AnyResult out, bool precise) {
   return guarded("ktx_matmul", [&] {
     const auto w = check_weights(handle, "weights");
     const size_t rank = w->shape.size();
@@ -24,7 +24,7 @@ xla::ffi::Error run(AnyBuffer x, AnyBuffer handle, AnyResult out) {
       check_dim(x, "x", 1, w->lead, with);
       check_dim(*out, "the result", 1, w->lead, with);
     }
-    matmul(*w, dim(x, 0), x.untyped_data(), x_bf16, out->untyped_data(), out_bf16);
+    matmul(*w, dim(x, 0), x.untyped_data(), x_bf16, out->untyped_data(), out_bf16, precise);
   });
 }
 
@@ -32,4 +32,8 @@ xla::ffi::Error run(AnyBuffer x, AnyBuffer handle, AnyResult out) {
 }  // namespace ktx
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ktx_matmul, ktx::run,
-                              xla::ffi::Ffi::Bind().Arg<ktx::AnyBuffer>().Arg<ktx::AnyBuffer>().Ret<ktx::AnyBuffer>());
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<ktx::AnyBuffer>()
+                                  .Arg<ktx::AnyBuffer>()
+                                  .Ret<ktx::AnyBuffer>()
+                                  .Attr<bool>("precise"));
