@@ -17,7 +17,7 @@ from ktx_jax.gguf.blocks import NATIVE_TYPES
 from ktx_jax.gguf.convert import to_q8_0
 from ktx_jax.gguf.reader import GGUF
 from ktx_jax.model.config import Config
-from ktx_jax.model.modules import DeepseekV2ForCausalLM
+from ktx_jax.model.modules import Attention, DeepseekV2ForCausalLM, RMSNorm
 from ktx_jax.quantized import HostArray, QuantizedArray
 from ktx_jax.sharding.sources import Source, find_source, unused_tensors
 
@@ -88,7 +88,7 @@ def load_model(
     # The CPU kernels read k_b by rows of the latent, as new files hold it: see `_Reader.value`.
     model = abstract_model(dataclasses.replace(config, k_b_transposed=True) if ffi else config)
     for _, module in nnx.iter_modules(model):
-        if hasattr(module, "implementation"):
+        if isinstance(module, Attention | RMSNorm):
             module.implementation = implementation
     graphdef, state = nnx.split(model)
     filled = [(key, leaf.replace(values[_path(key)])) for key, leaf in nnx.to_flat_state(state)]

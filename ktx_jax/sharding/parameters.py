@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model as rules see it: every parameter's path, logical shape and type, and the modules without parameters."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,20 +37,20 @@ class Parameter:
     shape: Shape
     ggml_type: GGMLQuantizationType
 
-    @property
+    @cached_property
     def layer(self) -> int | None:
         return split_layer(self.path)[0]
 
-    @property
+    @cached_property
     def kind(self) -> str:
         return split_layer(self.path)[1]
 
-    @property
+    @cached_property
     def is_expert(self) -> bool:
         """Whether it is one of the routed experts' stacks."""
         return self.kind.startswith(f"{EXPERTS}.")
 
-    @property
+    @cached_property
     def stored_type(self) -> GGMLQuantizationType:
         """What it is in memory: vectors and routers are float32, rare types become Q8_0."""
         if len(self.shape) == 1 or self.kind == "mlp.gate":
@@ -152,7 +151,3 @@ def inventory(config: Config, types: Types | str) -> Inventory:
         types = mix_types(config, types)
     shapes = parameter_shapes(config)
     return Inventory(config, tuple(Parameter(path, shape, types[path]) for path, shape in shapes.items()))
-
-
-def elements(shape: Shape) -> int:
-    return math.prod(shape)

@@ -66,7 +66,7 @@ class _Placer:
 
     def by_device(self, model: list[Unit]) -> bool:
         """Whether the layers are placed by naming devices, so that stages follow from them."""
-        return any(self._where(p).device for unit in model if unit.layer is not None for p in unit.main)
+        return any(self._where(unit.anchor).device for unit in model if unit.layer is not None)
 
     def _apart(self, unit: Unit) -> bool:
         """Whether a unit may lie on the host beside its stage, and does."""

@@ -42,7 +42,7 @@ class RulesError(KtxError):
 
 
 class Findings:
-    """Collects problems. Those that differ only in the layer become one, which names all layers."""
+    """Collects problems. Those that differ only in the path become one."""
 
     def __init__(self) -> None:
         self._plain: list[Problem] = []
@@ -60,15 +60,19 @@ class Findings:
 
     def problems(self) -> tuple[Problem, ...]:
         folded = [
-            Problem(mark, message.replace("{path}", path))
-            for (mark, message), paths in self._by_path.items()
-            for path in fold_paths(paths)
+            Problem(mark, message.replace("{path}", _show(paths))) for (mark, message), paths in self._by_path.items()
         ]
         return tuple(sorted({*self._plain, *folded}))
 
     def raise_if_any(self, name: str) -> None:
         if problems := self.problems():
             raise RulesError(name, problems)
+
+
+def _show(paths: list[str]) -> str:
+    """The first of the paths, its layers folded, and how many more there are."""
+    first, *others = fold_paths(paths)
+    return f"{first} (and {len(others)} more)" if others else first
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -4,7 +4,7 @@
 from ktx_jax.sharding.choices import Choice, Choices, Ops
 from ktx_jax.sharding.folding import fold_paths
 from ktx_jax.sharding.parameters import Inventory
-from ktx_jax.sharding.problems import START, Findings, Mark, did_you_mean
+from ktx_jax.sharding.problems import START, Findings, did_you_mean
 from ktx_jax.sharding.rules_native import CONCERNS, NativeRule, NativeRules
 
 _NAMES = {"where": "`stage` or `device`", "shard": "`shard`", "op": "`op`"}
@@ -48,13 +48,10 @@ def resolve_native(rules: NativeRules, inventory: Inventory, findings: Findings)
 
 
 def _choice(rules: NativeRules, winners: dict[str, int]) -> Choice:
-    def mark(concern: str) -> Mark:
-        return rules.rules[winners[concern]].marks[concern] if concern in winners else START
-
-    where, shard, op = (
-        getattr(rules.rules[winners[concern]], concern) if concern in winners else None for concern in CONCERNS
-    )
-    return Choice(where, shard, op or Ops(), mark("where"), mark("shard"), mark("op"))
+    rule_of = {concern: rules.rules[index] for concern, index in winners.items()}
+    values = [getattr(rule_of.get(concern), concern, None) for concern in CONCERNS]
+    marks = [rule_of[concern].marks[concern] if concern in rule_of else START for concern in CONCERNS]
+    return Choice(values[0], values[1], values[2] or Ops(), *marks)
 
 
 def _matches_nothing(rule: NativeRule, inventory: Inventory) -> str:

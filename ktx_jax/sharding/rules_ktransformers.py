@@ -4,6 +4,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ktx_jax.sharding.devices import device_name
 from ktx_jax.sharding.ktransformers_modules import KNOWN_CLASSES, class_name
@@ -91,14 +92,14 @@ def _rule(item: Located, findings: Findings) -> KTransformersRule | None:
 _DEVICES = (("generate", "generate_device"), ("prefill", "prefill_device"), ("out", "out_device"))
 
 
-def _threshold(replace: Located, plain: Mapping[str, int], kwargs: Located | None) -> int | None:
+def _threshold(replace: Located, plain: Mapping[str, Any], kwargs: Located | None) -> int | None:
     cls = replace.get("class")
     if kwargs is not None and "per_layer_prefill_intput_threshold" in kwargs.value:
         return plain.get("per_layer_prefill_intput_threshold", 0)
     return _DEFAULT_THRESHOLD if cls is not None and cls.value.endswith(".KDeepseekV2Model") else None
 
 
-def _ignored(plain: Mapping[str, object]) -> tuple[str, ...]:
+def _ignored(plain: Mapping[str, Any]) -> tuple[str, ...]:
     said = []
     if plain.get("absorb_for_prefill") is False:
         said.append("absorb_for_prefill: False has no effect: attention is absorbed in prefill and decode")
