@@ -59,8 +59,11 @@ def set_threads(n: int) -> None:
 
 
 def measure_limits(read_bytes: int = 1 << 30) -> dict[str, float]:
-    """What the machine can do at most on `threads()` threads, measured now: bytes read a second (`read`), and products a
-    second of int8 (`int8`) and bfloat16 (`bf16`) from registers, 0 where the instruction set has none."""
+    """What the machine can do at most on `threads()` threads, measured now.
+
+    Bytes read a second (`read`), and products a second of int8 (`int8`) and bfloat16 (`bf16`) from registers, 0 where
+    the instruction set has none.
+    """
     module = library()
     return {
         "read": module.measure_read_bandwidth(read_bytes),
