@@ -49,7 +49,7 @@ class Record:
         call()
         end = time.perf_counter() + seconds
         while len(self.times) < 3 or time.perf_counter() < end:
-            self.limits.append(ktx_ffi.measure_limits(256 << 20))
+            self.limits.append(ktx_ffi.measure_limits(512 << 20))
             for _ in range(3):
                 start = time.perf_counter()
                 call()

@@ -10,7 +10,8 @@
 namespace ktx {
 namespace {
 
-// Tile sizes that have a kernel: every size to eight, then even ones (fewer on instruction sets with few registers).
+// Tile sizes that have a kernel: every size to eight, then even ones.
+constexpr int next_tile_rows(int rows) { return rows < 8 ? rows + 1 : rows + 2; }
 int padded_tile_rows(int rows) { return rows <= 8 ? rows : (rows + 1) / 2 * 2; }
 
 template <Type kType, int M>
@@ -25,42 +26,10 @@ constexpr PanelKernel panel_kernel() {
   }
 }
 
-template <Type kType>
+template <Type kType, int M = 1>
 PanelKernel kernel_of_rows(int rows) {
-  switch (rows) {
-    case 1:
-      return panel_kernel<kType, 1>();
-    case 2:
-      return panel_kernel<kType, 2>();
-    case 3:
-      return panel_kernel<kType, 3>();
-    case 4:
-      return panel_kernel<kType, 4>();
-    default:
-      break;
-  }
-  if constexpr (kTileRows > 4) {
-    switch (rows) {
-      case 5:
-        return panel_kernel<kType, 5>();
-      case 6:
-        return panel_kernel<kType, 6>();
-      case 7:
-        return panel_kernel<kType, 7>();
-      case 8:
-        return panel_kernel<kType, 8>();
-      case 10:
-        return panel_kernel<kType, 10>();
-      case 12:
-        return panel_kernel<kType, 12>();
-      case 14:
-        return panel_kernel<kType, 14>();
-      case 16:
-        return panel_kernel<kType, 16>();
-      default:
-        break;
-    }
-  }
+  if (rows == M) return panel_kernel<kType, M>();
+  if constexpr (next_tile_rows(M) <= kTileRows) return kernel_of_rows<kType, next_tile_rows(M)>(rows);
   return nullptr;
 }
 

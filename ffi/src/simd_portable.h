@@ -23,7 +23,7 @@ using SignedBytes16 = int8_t __attribute__((vector_size(16)));
 using Bytes32 = uint8_t __attribute__((vector_size(32)));
 using Half16 = uint16_t __attribute__((vector_size(32)));
 
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 2;  // more would take registers that few targets have, and long to compile
 constexpr bool kSignedBytes = false;
 
 template <typename V>
