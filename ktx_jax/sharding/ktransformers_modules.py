@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tree of modules that ktransformers' rules walk, with the classes of each, and its operators under our names."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ktx_jax.model.config import Config
 
@@ -43,22 +42,24 @@ def class_name(dotted: str) -> str:
     return dotted if dotted.startswith(_TORCH) else dotted.rpartition(".")[2]
 
 
-@dataclass(frozen=True)
-class Module:
-    """A module of the Hugging Face model: its path, its kind, and how many experts a list of them has."""
+class Module(NamedTuple):
+    """A module of the Hugging Face model: its path and its kind."""
 
     path: str
     kind: str
 
-    def is_a(self, name: str) -> bool:
-        return name == f"{_TORCH}Module" or name in CLASSES[self.kind]
+
+def is_a(kind: str, name: str) -> bool:
+    """Whether modules of a kind are instances of the class `name`, as `class_name` gives it."""
+    return name == f"{_TORCH}Module" or name in CLASSES[kind]
 
 
-def children(module: Module, config: Config) -> Iterator[Module]:
-    """The modules directly inside `module`, in the order of the original."""
+def children(module: Module, config: Config) -> list[Module]:
+    """The modules directly inside `module`."""
+    if module.kind in ("linear", "activation"):
+        return []
     prefix = f"{module.path}." if module.path else ""
-    for name, kind in _parts(module, config):
-        yield Module(prefix + name, kind)
+    return [Module(prefix + name, kind) for name, kind in _parts(module, config)]
 
 
 def _parts(module: Module, c: Config) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from ktx_jax.errors import KtxError
 from ktx_jax.model.config import Config
 from ktx_jax.sharding.choices import Choices, Ops, Spec
 from ktx_jax.sharding.devices import HOST, device_number
+from ktx_jax.sharding.folding import split_layer
 from ktx_jax.sharding.memory import (
     CACHE_BYTES,
     Need,
@@ -182,10 +183,11 @@ class Plan:
 
     def _streamed(self) -> dict[str, int]:
         """Twice the largest layer's streamed weights, on each device they go to."""
-        layers: dict[tuple[str, str], int] = {}
+        layers: dict[tuple[str, int | str], int] = {}
         for p in self.parameters:
             if p.prefill_device is not None:
-                key = (p.prefill_device, p.path.partition(".mlp.")[0].partition(".self_attn.")[0])
+                layer, rest = split_layer(p.path)
+                key = (p.prefill_device, rest if layer is None else layer)
                 layers[key] = layers.get(key, 0) + p.nbytes
         largest: dict[str, int] = {}
         for (device, _), count in layers.items():

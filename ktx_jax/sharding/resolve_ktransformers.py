@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from ktx_jax.model.config import Config
 from ktx_jax.sharding.choices import Choice, Choices, Ops, Where
 from ktx_jax.sharding.folding import fold_numbers, fold_paths, runs, split_layer
-from ktx_jax.sharding.ktransformers_modules import OPERATORS, Module, children
+from ktx_jax.sharding.ktransformers_modules import CLASSES, OPERATORS, Module, children, is_a
 from ktx_jax.sharding.parameters import EXPERTS, Inventory, Parameter
 from ktx_jax.sharding.problems import Findings
 from ktx_jax.sharding.rules_ktransformers import KTransformersRule, KTransformersRules
@@ -44,20 +44,16 @@ def resolve_ktransformers(rules: KTransformersRules, inventory: Inventory, findi
 def _walk(rules: KTransformersRules, config: Config) -> Taken:
     """The rule that takes each module; modules inside one that is not recursive are not in the result."""
     taken: Taken = {}
+    fitting = {kind: [r for r in rules.rules if r.class_name is None or is_a(kind, r.class_name)] for kind in CLASSES}
     stack = [Module("", "causal_lm")]
     while stack:
         module = stack.pop()
-        rule = next((rule for rule in rules.rules if _matches(rule, module)), None)
+        candidates = fitting[module.kind]
+        rule = next((r for r in candidates if r.pattern is None or r.pattern.search(module.path)), None)
         taken[module.path] = rule
         if rule is None or rule.recursive:
             stack.extend(children(module, config))
     return taken
-
-
-def _matches(rule: KTransformersRule, module: Module) -> bool:
-    if rule.class_name is not None and not module.is_a(rule.class_name):
-        return False
-    return rule.pattern is None or rule.pattern.search(module.path) is not None
 
 
 def _nearest(taken: Taken, path: str) -> KTransformersRule | None:

@@ -37,8 +37,8 @@ def load_located(text: str) -> tuple[Located | None, tuple[Problem, ...]]:
 
     None where the syntax is broken, or the document too deep or recursive.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None, (Problem(START, "the file is empty: a rule file has at least `rules: []`"),)
@@ -50,8 +50,6 @@ def load_located(text: str) -> tuple[Located | None, tuple[Problem, ...]]:
         return None, (Problem(_mark(mark), f"not valid YAML: {error.problem}{context}"),)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         return None, (Problem(START, f"not valid YAML: {' '.join(str(error).split())}"),)
-    finally:
-        loader.dispose()
 
 
 def _mark(mark: Any) -> Mark:
