@@ -292,10 +292,17 @@ def test_chat_template(run, llm, monkeypatch, tmp_path):
 
 def test_chat_at_a_terminal():
     """Ctrl-C at the keyboard stops the reply and keeps the session."""
-    child, terminal = pty.fork()
-    if child == 0:
-        program = str(Path(__file__).with_name("fake_llm.py"))
-        os.execv(sys.executable, [sys.executable, program, "chat", "x.gguf", "--max-tokens", "2"])
+    terminal, inner = pty.openpty()
+    program = str(Path(__file__).with_name("fake_llm.py"))
+    # Python starts it in a session of its own, whose terminal the first one it opens becomes: no fork of this process,
+    # which may run JAX's threads by now.
+    opened = "import os, runpy, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); sys.argv = sys.argv[1:]; "
+    command = [sys.executable, "-c", opened + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    child = subprocess.Popen(
+        [*command, program, "chat", "x.gguf", "--max-tokens", "2"],
+        stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
+    )  # fmt: skip
+    os.close(inner)
     try:
         expect(terminal, ">>> ")
         os.write(terminal, b"go endless\n")
@@ -305,12 +312,10 @@ def test_chat_at_a_terminal():
         os.write(terminal, b"hello\n")
         expect(terminal, "hello hello")
         os.write(terminal, b"/exit\n")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        raise
+        assert child.wait(60) == 0
     finally:
+        child.kill()
+        child.wait()
         os.close(terminal)
 
 
