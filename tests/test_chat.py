@@ -211,10 +211,10 @@ def grow(start: str, step: str) -> str:
 def test_hostile_templates(template, message, monkeypatch):
     if message == "runs for more":
         monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.2)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ChatTemplateError, match=message):
         render(template)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_threads_have_their_own_budgets():
