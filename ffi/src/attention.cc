@@ -15,8 +15,10 @@
 namespace ktx {
 namespace {
 
-constexpr int64_t kChunk = 1024;        // positions, a multiple of the tile
+constexpr int64_t kChunk = 512;         // positions, a multiple of the tile
 constexpr int64_t kGroupsTogether = 4;  // share each packed tile; their states stay in the second-level cache
+
+constexpr size_t kSplitBytes = size_t{256} << 20;  // of chunks' states, at most
 
 // Sixteen heads of one token.
 struct Group {
@@ -75,7 +77,9 @@ class AttentionRun {
     if (groups_.empty()) return;
     const int64_t count = static_cast<int64_t>(groups_.size());
     make_blocks(std::clamp<int64_t>(count / (4 * threads()), 1, kGroupsTogether));
-    if (count < 2 * threads() && longest_ > kChunk) return run_split();
+    const int64_t chunks = (longest_ + kChunk - 1) / kChunk;
+    const size_t split_bytes = static_cast<size_t>(count * chunks) * state_bytes_;
+    if (count < 2 * threads() && chunks > 1 && split_bytes <= kSplitBytes) return run_split(chunks);
     // Later tokens attend more rows: the longest work comes first.
     parallel_for(static_cast<int64_t>(blocks_.size()),
                  [&](int64_t i) { whole_block(blocks_[blocks_.size() - 1 - static_cast<size_t>(i)]); });
@@ -131,12 +135,13 @@ class AttentionRun {
     kernels_.pack_query(shape_, l, r, g.heads, out);
   }
 
-  void write(const Group& g, const float* state) const {
-    const int64_t n = g.heads * shape_.latent;
+  // Heads [first, last) of a group.
+  void write(const Group& g, const float* tops, const float* mean, int first, int last) const {
+    const int64_t n = (last - first) * shape_.latent;
     float* values = reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, static_cast<size_t>(n) * sizeof(float)));
-    kernels_.finish(shape_, state, g.heads, values);
+    kernels_.finish(shape_, tops, mean, first, last, values);
     const OutputRows out{call_.out, call_.q_bf16, shape_.latent};
-    out.write(g.token * call_.heads + g.head, 0, values, n);
+    out.write(g.token * call_.heads + g.head + first, 0, values, n);
   }
 
   // One chunk of positions for every group of a block, each into its own state.
@@ -172,15 +177,18 @@ class AttentionRun {
       for (size_t i = 0; i < n; ++i) kernels_.reset(shape_, partial[i]);
       chunk(b, first, queries, memory, partial);
       for (size_t i = 0; i < n; ++i) {
-        if (groups_[b.first + i].length > first) kernels_.merge(shape_, partial[i], states[i]);
+        if (groups_[b.first + i].length > first)
+          kernels_.merge(shape_, partial[i], states[i], means(states[i]), 0, kHeadLanes);
       }
     }
-    for (size_t i = 0; i < n; ++i) write(groups_[b.first + i], states[i]);
+    for (size_t i = 0; i < n; ++i) {
+      const Group& g = groups_[b.first + i];
+      write(g, states[i], means(states[i]), 0, g.heads);
+    }
   }
 
   // Few groups over long contexts: every chunk is a unit of work. Blocks are of one group here.
-  void run_split() const {
-    const int64_t chunks = (longest_ + kChunk - 1) / kChunk;
+  void run_split(int64_t chunks) const {
     const int64_t count = static_cast<int64_t>(blocks_.size());
     const size_t query_total = static_cast<size_t>(count) * query_bytes_;
     Scratch scratch(query_total + static_cast<size_t>(count * chunks) * state_bytes_ + 64);
@@ -198,13 +206,23 @@ class AttentionRun {
       uint8_t* tile = thread_memory(ThreadSlot::kHidden, bytes(kTilePositions));
       chunk(b, c * kChunk, queries + static_cast<size_t>(i) * query_bytes_, tile, &mine);
     });
-    parallel_for(count, [&](int64_t i) {
+    // Merging reads every chunk's state: heads are spread over threads too.
+    constexpr int kHeads = 4;
+    parallel_for(count * kHeadLanes / kHeads, [&](int64_t unit) {
+      const int64_t i = unit / (kHeadLanes / kHeads);
+      const int first = static_cast<int>(unit % (kHeadLanes / kHeads)) * kHeads;
+      const int last = std::min(first + kHeads, group_of(i).heads);
+      if (first >= last) return;
+      float* mean = means(state(i, 0));
+      alignas(64) float tops[2 * kHeadLanes];
+      std::memcpy(tops, state(i, 0), sizeof tops);
       const int64_t used = (blocks_[static_cast<size_t>(i)].length + kChunk - 1) / kChunk;
-      for (int64_t c = 1; c < used; ++c) kernels_.merge(shape_, state(i, c), state(i, 0));
-      write(group_of(i), state(i, 0));
+      for (int64_t c = 1; c < used; ++c) kernels_.merge(shape_, state(i, c), tops, mean, first, last);
+      write(group_of(i), tops, mean, first, last);
     });
   }
 
+  static float* means(float* state) { return state + 2 * kHeadLanes; }
   const Group& group_of(int64_t block) const { return groups_[blocks_[static_cast<size_t>(block)].first]; }
 
   const AttentionCall& call_;

@@ -30,7 +30,7 @@ struct AttentionCall {
 // Causal attention of every token over its sequence's rows 0..position. Throws std::invalid_argument, before anything
 // is read, if a token's sequence, position or a page it needs is out of range.
 //
-// Rows are taken in tiles of 64 and chunks of 1024 from position 0 whatever the batch, each chunk on its own, and
+// Rows are taken in tiles of 64 and chunks of 512 from position 0 whatever the batch, each chunk on its own, and
 // chunks are merged in order: a token's result does not depend on its neighbours, nor on how chunks are spread over
 // threads.
 void mla_attention(const AttentionCall& call);

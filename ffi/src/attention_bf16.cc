@@ -151,21 +151,21 @@ void attend(const LatentShape& shape, const uint8_t* query, const uint8_t* tile_
   }
 }
 
-void finish(const LatentShape& shape, const float* state, int heads, float* out) {
-  const State s(const_cast<float*>(state));
+void finish(const LatentShape& shape, const float* tops, const float* mean, int first_head, int last_head, float* out) {
   // Back to the order of the latent: four values of the low half, then four of the high half.
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  for (int h = 0; h < heads; ++h) {
-    const float* mean = s.mean + h * shape.padded_latent();
+  for (int h = first_head; h < last_head; ++h, out += shape.latent) {
+    const float* row = mean + h * shape.padded_latent();
+    const F32 sum = set_f(tops[kHeadLanes + h]);
     for (int64_t i = 0; i < shape.latent; i += 32) {
-      const F32 a = div_f(load_f(mean + i), set_f(s.sum[h]));
-      const F32 b = div_f(load_f(mean + i + 16), set_f(s.sum[h]));
+      const F32 a = div_f(load_f(row + i), sum);
+      const F32 b = div_f(load_f(row + i + 16), sum);
       alignas(64) float values[32];
       store_f(values, _mm512_permutex2var_ps(a, first, b));
       store_f(values + 16, _mm512_permutex2var_ps(a, second, b));
       const int64_t n = shape.latent - i < 32 ? shape.latent - i : 32;
-      std::memcpy(out + h * shape.latent + i, values, static_cast<size_t>(n) * sizeof(float));
+      std::memcpy(out + i, values, static_cast<size_t>(n) * sizeof(float));
     }
   }
 }

@@ -102,12 +102,11 @@ void attend_f32(const LatentShape& shape, const uint8_t* query, const uint8_t* t
   }
 }
 
-void finish_f32(const LatentShape& shape, const float* state, int heads, float* out) {
-  const State s(const_cast<float*>(state));
-  for (int h = 0; h < heads; ++h) {
-    const float* mean = s.mean + h * shape.padded_latent();
-    const float sum = s.sum[h];
-    for (int64_t i = 0; i < shape.latent; ++i) out[h * shape.latent + i] = mean[i] / sum;
+void finish_f32(const LatentShape& shape, const float* tops, const float* mean, int first, int last, float* out) {
+  for (int h = first; h < last; ++h, out += shape.latent) {
+    const float sum = tops[kHeadLanes + h];
+    const float* row = mean + h * shape.padded_latent();
+    for (int64_t i = 0; i < shape.latent; ++i) out[i] = row[i] / sum;
   }
 }
 

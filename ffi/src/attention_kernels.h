@@ -32,10 +32,11 @@ struct AttentionKernels {
   // Attends the first `valid` rows of a tile.
   void (*attend)(const LatentShape& shape, const uint8_t* query, const uint8_t* tile, int valid, float scale,
                  float* state);
-  // state = both, `later` after it.
-  void (*merge)(const LatentShape& shape, const float* later, float* state);
-  // out[h, r] for `heads` heads, [heads, latent].
-  void (*finish)(const LatentShape& shape, const float* state, int heads, float* out);
+  // Merges a later state into one whose largest scores and sums are `tops` [2, 16], of all heads, and whose weighted
+  // sums are `mean`, of heads [first, last).
+  void (*merge)(const LatentShape& shape, const float* later, float* tops, float* mean, int first, int last);
+  // out[h - first, r] for heads [first, last), [last - first, latent].
+  void (*finish)(const LatentShape& shape, const float* tops, const float* mean, int first, int last, float* out);
 };
 
 }  // namespace ktx

@@ -45,21 +45,22 @@ KTX_INLINE void softmax_tile(float* scores, int valid, const State& s, float* fa
   store_f(fade, kept);
 }
 
-void merge_states(const LatentShape& shape, const float* later, float* state) {
-  const State a(state);
+void merge_states(const LatentShape& shape, const float* later, float* tops, float* mean, int first, int last) {
   const State b(const_cast<float*>(later));
-  const F32 top = max_f(load_f(a.top), load_f(b.top));
+  const F32 top_a = load_f(tops);
+  const F32 top = max_f(top_a, load_f(b.top));
   alignas(64) float fade_a[kHeadLanes];
   alignas(64) float fade_b[kHeadLanes];
-  store_f(fade_a, exp_f(sub_f(load_f(a.top), top)));
+  store_f(fade_a, exp_f(sub_f(top_a, top)));
   store_f(fade_b, exp_f(sub_f(load_f(b.top), top)));
-  store_f(a.top, top);
-  store_f(a.sum, fma_f(load_f(b.sum), load_f(fade_b), mul_f(load_f(a.sum), load_f(fade_a))));
+  store_f(tops, top);
+  float* sum = tops + kHeadLanes;
+  store_f(sum, fma_f(load_f(b.sum), load_f(fade_b), mul_f(load_f(sum), load_f(fade_a))));
   const int64_t width = shape.padded_latent();
-  for (int h = 0; h < kHeadLanes; ++h) {
+  for (int h = first; h < last; ++h) {
     for (int64_t i = h * width; i < (h + 1) * width; i += 16) {
-      const F32 earlier = mul_f(load_f(a.mean + i), set_f(fade_a[h]));
-      store_f(a.mean + i, fma_f(load_f(b.mean + i), set_f(fade_b[h]), earlier));
+      const F32 earlier = mul_f(load_f(mean + i), set_f(fade_a[h]));
+      store_f(mean + i, fma_f(load_f(b.mean + i), set_f(fade_b[h]), earlier));
     }
   }
 }
