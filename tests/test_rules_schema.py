@@ -41,12 +41,14 @@ def test_the_files_that_come_along_are_valid(path):
     assert says_ours(text)
 
 
-@pytest.mark.parametrize("name", CASES)
+# Not those that are no YAML, or have a key twice: jsonschema never sees such.
+READ = {name: load_located(case.text) for name, case in CASES.items()}
+LOADED = {name: located for name, (located, problems) in READ.items() if located is not None and not problems}
+
+
+@pytest.mark.parametrize("name", LOADED)
 def test_both_agree_on_bad_files(name):
-    located, problems = load_located(CASES[name].text)
-    if located is None or problems:
-        pytest.skip("not YAML, or keys that occur twice")
-    assert says_ours(CASES[name].text) == says_jsonschema(located.plain())
+    assert says_ours(CASES[name].text) == says_jsonschema(LOADED[name].plain())
 
 
 KEYS = ["mesh", "stages", "rules", "match", "stage", "device", "shard", "replicate", "op", "data",

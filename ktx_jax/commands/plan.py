@@ -121,6 +121,8 @@ def _room(made: Plan, sizes: list[int] | int | None, host_memory: float | None) 
 
 
 def _draw(options: PlanOptions, shape: ModelShape, made: Plan, room: dict[str, int]) -> None:
+    if options.html is None and options.png is None:
+        return
     figure = made.figure(room)
     if options.html is not None:
         options.html.write_text(_page(shape, made, figure.svg(), room), encoding="utf-8")

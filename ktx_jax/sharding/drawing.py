@@ -4,16 +4,20 @@
 import os
 from dataclasses import dataclass
 from html import escape
+from typing import TypeAlias
 
 from ktx_jax.errors import KtxError
+
+Pixels = float | int
+Shape: TypeAlias = "Rect | Line | Text"
 
 
 @dataclass(frozen=True)
 class Rect:
-    x: float
-    y: float
-    width: float
-    height: float
+    x: Pixels
+    y: Pixels
+    width: Pixels
+    height: Pixels
     fill: str
     stroke: str = "none"
     title: str = ""  # shown where the pointer rests
@@ -21,19 +25,19 @@ class Rect:
 
 @dataclass(frozen=True)
 class Line:
-    x1: float
-    y1: float
-    x2: float
-    y2: float
+    x1: Pixels
+    y1: Pixels
+    x2: Pixels
+    y2: Pixels
     stroke: str
 
 
 @dataclass(frozen=True)
 class Text:
-    x: float
-    y: float  # of the baseline
+    x: Pixels
+    y: Pixels  # of the baseline
     text: str
-    size: float
+    size: Pixels
     anchor: str = "start"
     weight: str = "normal"
     fill: str = "#222222"
@@ -43,9 +47,9 @@ class Text:
 class Figure:
     """Shapes on a page, in pixels, y downwards."""
 
-    width: float
-    height: float
-    shapes: tuple[Rect | Line | Text, ...]
+    width: Pixels
+    height: Pixels
+    shapes: tuple[Shape, ...]
 
     def svg(self) -> str:
         """The picture as an SVG document."""
@@ -74,7 +78,7 @@ class Figure:
         page.savefig(path, format="png")
 
 
-def _svg(shape: Rect | Line | Text) -> str:
+def _svg(shape: Shape) -> str:
     match shape:
         case Rect():
             title = f"<title>{escape(shape.title)}</title>" if shape.title else ""
@@ -94,7 +98,7 @@ def _svg(shape: Rect | Line | Text) -> str:
             )
 
 
-def _draw(axes: "object", shape: Rect | Line | Text) -> None:
+def _draw(axes: "object", shape: Shape) -> None:
     from matplotlib.patches import Rectangle
 
     match shape:

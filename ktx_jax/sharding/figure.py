@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ktx_jax.sharding.drawing import Figure, Line, Rect, Text
+from ktx_jax.sharding.drawing import Figure, Line, Pixels, Rect, Shape, Text
 from ktx_jax.sharding.folding import split_layer
 from ktx_jax.sharding.memory import show_bytes
 
@@ -38,7 +38,7 @@ def draw_plan(plan: "Plan", memory: Mapping[str, int] | None = None) -> Figure:
     """See `Plan.figure`. `memory`: usable bytes by device, drawn as a line across its bar."""
     layout = _Layout.of(plan)
     width = layout.right + 24
-    shapes: list[Rect | Line | Text] = [
+    shapes: list[Shape] = [
         Text(16, 30, plan.name, 16, weight="bold"),
         Text(16, 50, _subtitle(plan), 11, fill=_PALE),
         Text(16, 68, "a layer's row: attention, routed experts, shared experts (or a dense MLP)", 11, fill=_PALE),
@@ -55,11 +55,11 @@ def draw_plan(plan: "Plan", memory: Mapping[str, int] | None = None) -> Figure:
 
 @dataclass(frozen=True)
 class _Layout:
-    columns: Mapping[str, float]  # device to x
-    column: float
-    row: float
-    rows: Mapping[str, float]  # unit to y
-    small: float
+    columns: Mapping[str, Pixels]  # device to x
+    column: Pixels
+    row: Pixels
+    rows: Mapping[str, Pixels]  # unit to y
+    small: Pixels  # size of small text
 
     @classmethod
     def of(cls, plan: "Plan") -> "_Layout":
@@ -68,15 +68,15 @@ class _Layout:
         columns = {name: _LEFT + i * (column + _GAP) for i, name in enumerate(plan.devices)}
         names = list(dict.fromkeys(_unit(p.path) for p in plan.parameters))
         row = max(7.0, min(14.0, 620 / len(names)))
-        return cls(columns, column, row, {name: _TOP + i * (row + 1.5) for i, name in enumerate(names)},
-                   11 if column > 40 else 7)  # fmt: skip
+        rows = {name: _TOP + i * (row + 1.5) for i, name in enumerate(names)}
+        return cls(columns, column, row, rows, small=11 if column > 40 else 7)
 
     @property
-    def right(self) -> float:
+    def right(self) -> Pixels:
         return max(self.columns.values()) + self.column
 
     @property
-    def bottom(self) -> float:
+    def bottom(self) -> Pixels:
         return max(self.rows.values()) + self.row
 
 
@@ -92,7 +92,7 @@ def _subtitle(plan: "Plan") -> str:
     return f"{stages}{f' of {mesh}' if mesh else ''}; {sizes}"
 
 
-def _labels(plan: "Plan", layout: _Layout) -> list[Rect | Line | Text]:
+def _labels(plan: "Plan", layout: _Layout) -> list[Shape]:
     """Names of the rows; of the layers, every fifth."""
     wanted = {name for name in layout.rows if not name.startswith("layer ") or int(name.split()[1]) % 5 == 0}
     size = min(10.0, layout.row + 2)
@@ -103,7 +103,7 @@ def _labels(plan: "Plan", layout: _Layout) -> list[Rect | Line | Text]:
     ]
 
 
-def _cells(plan: "Plan", layout: _Layout) -> list[Rect | Line | Text]:
+def _cells(plan: "Plan", layout: _Layout) -> list[Shape]:
     """Rectangles for each unit and device, coloured as the largest parameter of each part lies."""
     biggest: dict[tuple[str, str, str], PlacedParameter] = {}
     for p in plan.parameters:
@@ -114,7 +114,7 @@ def _cells(plan: "Plan", layout: _Layout) -> list[Rect | Line | Text]:
             key = (_unit(p.path), device, part)
             if key not in biggest or p.nbytes > biggest[key].nbytes:
                 biggest[key] = p
-    shapes: list[Rect | Line | Text] = []
+    shapes: list[Shape] = []
     for (unit, device, part), p in biggest.items():
         begin, end = _SPANS[part]
         x, lies = layout.columns[device] + begin * layout.column, _lies(p)
@@ -147,16 +147,16 @@ def _colour(stage: int, lies: str) -> str:
     return _hsl(_HUES[stage % len(_HUES)], light, saturation)
 
 
-def _hsl(hue: float, light: float, saturation: float) -> str:
+def _hsl(hue: float | int, light: float, saturation: float) -> str:
     rgb = colorsys.hls_to_rgb(hue / 360, light, saturation)
     return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
 
 
-def _bars(plan: "Plan", layout: _Layout, memory: Mapping[str, int]) -> list[Rect | Line | Text]:
+def _bars(plan: "Plan", layout: _Layout, memory: Mapping[str, int]) -> list[Shape]:
     """What each device needs, in the parts of `Need`, against what it has."""
     top, base = layout.bottom + 34, layout.bottom + 34 + _BAR
     most = max([need.total for need in plan.needs.values()] + list(memory.values()) + [1])
-    shapes: list[Rect | Line | Text] = [Text(_LEFT - 8, top + 8, "memory", 10, anchor="end")]
+    shapes: list[Shape] = [Text(_LEFT - 8, top + 8, "memory", 10, anchor="end")]
     for name, need in plan.needs.items():
         x, y = layout.columns[name], base
         hue = next((_HUES[i % len(_HUES)] for i, s in enumerate(plan.stages) if name in s.devices), None)
@@ -188,14 +188,14 @@ def _short(count: int) -> str:
     return show_bytes(count).replace(" GB", "G").replace(" MB", "M")
 
 
-def _legend(plan: "Plan", top: float) -> list[Rect | Line | Text]:
+def _legend(plan: "Plan", top: Pixels) -> list[Shape]:
     """Three rows: how things lie, the stages, the parts of a bar."""
     rows = [
         [(_colour(0, lies), meaning) for lies, meaning in _MEANING.items()],
         [(_colour(i, "whole"), f"stage {i}") for i in range(min(len(plan.stages), len(_HUES)))],
         [(_hsl(0, light, 0.0), part) for part, light in _PARTS.items()],
     ]
-    shapes: list[Rect | Line | Text] = []
+    shapes: list[Shape] = []
     for index, row in enumerate(rows):
         x, y = 16.0, top + 22 * index
         for colour, label in row:
