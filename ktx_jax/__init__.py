@@ -9,10 +9,13 @@ if TYPE_CHECKING:
     from ktx_jax.gguf.errors import GGUFError
     from ktx_jax.llm import LLM, Chunk, Completion, load_config
     from ktx_jax.model.config import Config
+    from ktx_jax.sharding.plan import Plan
+    from ktx_jax.sharding.rules import Rules
     from ktx_jax.tokenizer import Tokenizer
 
 __all__ = [
-    "LLM", "Chunk", "Completion", "Config", "GGUFError", "KtxError", "SamplingParams", "Tokenizer", "load_config",
+    "LLM", "Chunk", "Completion", "Config", "GGUFError", "KtxError", "Plan", "Rules", "SamplingParams", "Tokenizer",
+    "load_config",
 ]  # fmt: skip
 
 _HOMES = {
@@ -21,6 +24,8 @@ _HOMES = {
     "ktx_jax.errors": ("KtxError",),
     "ktx_jax.gguf.errors": ("GGUFError",),
     "ktx_jax.model.config": ("Config",),
+    "ktx_jax.sharding.plan": ("Plan",),
+    "ktx_jax.sharding.rules": ("Rules",),
     "ktx_jax.tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

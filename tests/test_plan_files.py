@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rule files that come with the package: each resolves as it is kept, and conversions place the same things."""
 
+import re
 import subprocess
 import sys
 
@@ -59,6 +60,13 @@ def test_targets_are_read():
 
 def test_the_files_come_with_the_package():
     assert (configs() / "deepseek-v2.5" / "8gpu.yaml").is_file()
+
+
+def test_the_rules_in_the_documentation_are_good():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "rules.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 3
+    for text in blocks:
+        Plan.from_rules(preset("v2.5"), Rules.from_text(text))
 
 
 def test_plans_need_no_jax():
