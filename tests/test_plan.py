@@ -107,6 +107,7 @@ def test_the_first_rule_that_sets_a_concern_wins(data):
 
 
 @given(st.sets(st.integers(0, 130), min_size=1))
+@settings(deadline=None)
 def test_a_regex_of_numbers_matches_just_those(numbers):
     pattern = re.compile(numbers_regex(numbers))
     assert {n for n in range(1400) if pattern.fullmatch(str(n))} == numbers
@@ -114,6 +115,7 @@ def test_a_regex_of_numbers_matches_just_those(numbers):
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.lists(st.integers(0, 200), min_size=1, max_size=5))
+@settings(deadline=None)
 def test_a_split_keeps_order_and_fits(costs, capacities):
     counts = split_evenly(costs, capacities)
     greedy_fits = True

@@ -6,7 +6,7 @@ import json
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_golden import CONFIGS
 from test_rules_errors import CASES
@@ -72,11 +72,13 @@ KT = st.lists(
 
 
 @given(st.one_of(DOCUMENTS, NATIVE, KT))
+@settings(deadline=None)
 def test_both_agree(document):
     assert says_ours(yaml.safe_dump(document, allow_unicode=True)) == says_jsonschema(document)
 
 
 @given(st.text(max_size=60))
+@settings(deadline=None)
 def test_any_text_is_answered(text):
     located, problems = load_located(text)
     assert located is not None or problems
