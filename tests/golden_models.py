@@ -3,7 +3,6 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from golden.golden_variants import VARIANTS, Variant
@@ -42,11 +41,6 @@ def golden_llm(name: str, dtype: str = "float32", context: int = 256, batch: int
 
 # Buckets of 8 and 32 tokens at prefill, of 1 and 2 at decode; pages of 64; three pages a sequence.
 SMALL_LIMITS = Limits(context=160, batch=2, page=64, chunk=32, tile=8)
-
-
-def engine_model(llm: LLM) -> tuple[Any, Any]:
-    """The NNX graph definition and state that the engine computes with."""
-    return llm._engine._graphdef, llm._engine._state
 
 
 @cache

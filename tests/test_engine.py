@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import LOGITS, SMALL_LIMITS, engine_model, golden_llm, relative_error, small_llm
+from golden_models import LOGITS, SMALL_LIMITS, golden_llm, relative_error, small_llm
 
 from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.requests import Request, SamplingParams
 from ktx_jax.engine.scheduler import Limits, Share, Work
-from ktx_jax.engine.step import logits_step, make_run
+from ktx_jax.engine.step import make_run
 from ktx_jax.llm import LLM
 from ktx_jax.model.cache import new_cache
 
@@ -34,8 +34,8 @@ class Sequences:
         """One step that takes each row in `stops` up to that position."""
         shares = tuple(Share(self.requests[row], self.requests[row].computed, stop) for row, stop in stops.items())
         run, last = make_run(Work(shares, decode), self.limits)
-        llm, at = self.llm, jnp.arange(run.tokens.shape[0])
-        out, self.cache = logits_step(*engine_model(llm), self.cache, run, at, dtype=llm.dtype)
+        steps, at = self.llm._engine.steps, jnp.arange(run.tokens.shape[0])
+        out, self.cache = steps.logits(steps.leaves, self.cache, run, at)
         for row, share, end in zip(stops, shares, last + 1, strict=False):
             self.logits[row, share.start : share.stop] = out[end - (share.stop - share.start) : end]
             share.request.computed = share.stop

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from golden_models import SMALL_LIMITS, small_llm
 
-from ktx_jax.engine.step import sample_step
 from ktx_jax.errors import KtxError
 from ktx_jax.llm import LLM, SamplingParams
 
@@ -230,10 +229,10 @@ def test_nothing_is_compiled_once_warm(llm):
         llm.generate(prompts, SamplingParams(max_tokens=6, temperature=0.1 * shift, seed=shift, ignore_eos=True))
 
     work(3)
-    before = sample_step._cache_size()
+    before = llm._engine.steps.sample._cache_size()
     for shift in range(4, 9):
         work(shift)
-    assert sample_step._cache_size() == before
+    assert llm._engine.steps.sample._cache_size() == before
 
 
 def test_chat(llm):

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import LOGITS, engine_model, golden_llm, relative_error, small_llm
+from golden_models import LOGITS, golden_llm, relative_error, small_llm
 
 from ktx_jax.engine.requests import Request, SamplingParams
 from ktx_jax.engine.scheduler import Limits, Share, Work
-from ktx_jax.engine.step import make_draw, make_run, sample_step
+from ktx_jax.engine.step import make_draw, make_run
 from ktx_jax.model.cache import new_cache
 
 
@@ -54,10 +54,8 @@ def compiled_step(llm, limits: Limits, *, decode: bool) -> str:
     shares = [Share(request, 19 if decode else 0, 20) for request in requests]
     cache = jax.eval_shape(lambda: new_cache(llm.config, limits.pages, limits.page, llm.dtype))
     run, last = make_run(Work(tuple(shares), decode), limits)
-    step = sample_step.lower(
-        *engine_model(llm), cache, run, jnp.asarray(last), make_draw(requests, len(last)),
-        dtype=llm.dtype, top=0,
-    )  # fmt: skip
+    steps = llm._engine.steps
+    step = steps.sample.lower(steps.leaves, cache, run, jnp.asarray(last), make_draw(requests, len(last)), top=0)
     return step.compile().as_text()
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from ktx_jax.engine.requests import MAX_LOGPROBS, Request, SamplingParams, TokenLogprob
 from ktx_jax.engine.sampling import Drawn
 from ktx_jax.engine.scheduler import Limits, Scheduler, Share, Work
-from ktx_jax.engine.step import logits_step, make_draw, make_run, sample_step
+from ktx_jax.engine.step import Steps, make_draw, make_run
 from ktx_jax.errors import KtxError
 from ktx_jax.model.cache import new_cache
 from ktx_jax.model.config import Config
@@ -35,7 +35,7 @@ class Engine:
         eos_ids: frozenset[int],
     ):
         self.config, self.limits, self.dtype, self.eos_ids = config, limits, dtype, eos_ids
-        self._graphdef, self._state, self._device = graphdef, state, device
+        self.steps, self._device = Steps(graphdef, state, dtype), device
         self._scheduler = Scheduler(limits)
         self._lock = threading.RLock()
         with jax.default_device(device):
@@ -95,19 +95,22 @@ class Engine:
 
     def _sample(self, work: Work) -> Drawn:
         requests = [share.request for share in work.shares]
-        top = MAX_LOGPROBS if any(r.params.logprobs for r in requests) else 0
+        wanted = [r.params.logprobs for r in requests if r.params.logprobs is not None]
+        top = None if not wanted else min(MAX_LOGPROBS, self.config.vocab_size) if any(wanted) else 0
         with jax.default_device(self._device):
             run, last = make_run(work, self.limits)
-            drawn, self._cache = sample_step(
-                self._graphdef, self._state, self._cache, run, jnp.asarray(last), make_draw(requests, len(last)),
-                dtype=self.dtype, top=min(top, self.config.vocab_size),
-            )  # fmt: skip
+            drawn, self._cache = self.steps.sample(
+                self.steps.leaves, self._cache, run, jnp.asarray(last), make_draw(requests, len(last)), top=top
+            )
         return drawn
 
     def _take(self, share: Share, row: int, drawn: Drawn) -> None:
         request, token = share.request, int(drawn.token[row])
         wanted, logprob = request.params.logprobs, None
         if wanted is not None:
+            assert drawn.logprob is not None
+            assert drawn.top_ids is not None
+            assert drawn.top_logprobs is not None
             pairs = zip(drawn.top_ids[row, :wanted].tolist(), drawn.top_logprobs[row, :wanted].tolist(), strict=True)
             logprob = TokenLogprob(token, float(drawn.logprob[row]), tuple(pairs))
         request.output.append(token)
@@ -136,6 +139,6 @@ class Engine:
         with jax.default_device(self._device):
             run, _ = make_run(Work((Share(request, start, stop),), decode=False), self.limits)
             at = jnp.arange(run.tokens.shape[0])
-            out, self._cache = logits_step(self._graphdef, self._state, self._cache, run, at, dtype=self.dtype)
+            out, self._cache = self.steps.logits(self.steps.leaves, self._cache, run, at)
         request.computed = stop
         return np.asarray(out)[: stop - start]

@@ -3,11 +3,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
 # Not checked at run time: JAX puts NumPy arrays and placeholders into a pytree's leaves too.
@@ -29,65 +30,75 @@ class Draw:
 @no_type_check
 @dataclass(frozen=True)
 class Drawn:
-    """The tokens drawn, with their log-probabilities under the unmodified logits."""
+    """The tokens drawn and, where asked for, log-probabilities under the unmodified logits."""
 
     token: Int[Array, " L"]
-    logprob: Float[Array, " L"]
-    top_ids: Int[Array, "L top"]
-    top_logprobs: Float[Array, "L top"]
+    logprob: Float[Array, " L"] | None = None
+    top_ids: Int[Array, "L top"] | None = None
+    top_logprobs: Float[Array, "L top"] | None = None
 
 
-def sample(logits: Float[Array, "L V"], draw: Draw, *, top: int) -> Drawn:
-    """Draws one token a row; `top` (static) is how many of the most likely to report."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def sample(logits: Float[Array, "L V"], draw: Draw, *, top: int | None) -> Drawn:
+    """Draws one token a row; `top` (static): how many of the likeliest to report; None for no log-probabilities."""
     token = jax.lax.cond(
         (draw.temperature > 0).any(),
-        lambda: jnp.where(draw.temperature > 0, _draw_rows(logits, draw), greedy),
-        lambda: greedy,
+        lambda: jnp.where(draw.temperature > 0, _draw(logits, draw), _argmax(logits)),
+        lambda: _argmax(logits),
     )
+    if top is None:
+        return Drawn(token)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     top_logprobs, top_ids = jax.lax.top_k(logprobs, top)
     return Drawn(token, chosen, top_ids, top_logprobs)
 
 
-def _draw_rows(logits: Float[Array, "L V"], draw: Draw) -> Int[Array, " L"]:
-    fields = (draw.temperature, draw.top_p, draw.top_k, draw.seed, draw.position)
-    return jax.vmap(_draw_row)(logits, *fields)
+def _argmax(x: Float[Array, "L V"]) -> Int[Array, " L"]:
+    """The first of the largest, in two vectorized passes: XLA's own argmax goes value by value on CPUs."""
+    size = x.shape[-1]
+    places = jnp.where(x == x.max(axis=-1, keepdims=True), jnp.arange(size, dtype=jnp.int32), size - 1)
+    return places.min(axis=-1)
 
 
-def _draw_row(
-    logits: Float[Array, " V"],
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
-    top_k: Int[Array, ""],
-    seed: UInt32[Array, "2"],
-    position: Int[Array, ""],
-) -> Int[Array, ""]:
-    scaled = logits / jnp.maximum(temperature, 1e-6)
+def _draw(logits: Float[Array, "L V"], draw: Draw) -> Int[Array, " L"]:
+    rows, size = logits.shape
+    scaled = logits / jnp.maximum(draw.temperature, 1e-6)[:, None]
     order = _ordered_bits(scaled)
-    size = logits.shape[-1]
-    k = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
-    kept = order >= _largest_bits(lambda bits: (order >= bits).sum() >= k)
-    mass = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf))
-    nucleus = _largest_bits(lambda bits: jnp.where(order >= bits, mass, 0.0).sum() >= top_p)
-    kept &= (order >= nucleus) | (top_p >= 1.0)
+    all_tokens = jnp.zeros(rows, jnp.uint32)
+
+    def enough(bits: UInt32[Array, " L"]) -> Bool[Array, " L"]:
+        return (order >= bits[:, None]).sum(axis=-1) >= draw.top_k
+
+    floor = jax.lax.cond((draw.top_k > 0).any(), lambda: _largest_bits(enough, rows), lambda: all_tokens)
+    floor = jnp.where((draw.top_k > 0) & (draw.top_k < size), floor, all_tokens)
+    mass = jax.nn.softmax(jnp.where(order >= floor[:, None], scaled, -jnp.inf), axis=-1)
+
+    def likely(bits: UInt32[Array, " L"]) -> Bool[Array, " L"]:
+        return jnp.where(order >= bits[:, None], mass, 0.0).sum(axis=-1) >= draw.top_p
+
+    nucleus = jax.lax.cond((draw.top_p < 1).any(), lambda: _largest_bits(likely, rows), lambda: all_tokens)
+    floor = jnp.maximum(floor, jnp.where(draw.top_p < 1, nucleus, all_tokens))
+    noisy = scaled + jax.vmap(partial(_gumbel, size=size))(draw.seed, draw.position)
+    return _argmax(jnp.where(order >= floor[:, None], noisy, -jnp.inf))
+
+
+def _gumbel(seed: UInt32[Array, "2"], position: Int[Array, ""], *, size: int) -> Float[Array, " V"]:
+    """Noise that makes the largest a draw (the Gumbel-max trick), the request's and the position's own."""
     key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-    noisy = scaled + jax.random.gumbel(key, logits.shape)
-    return jnp.argmax(jnp.where(kept, noisy, -jnp.inf)).astype(jnp.int32)
+    return jax.random.gumbel(key, (size,))
 
 
-def _ordered_bits(x: Float[Array, " V"]) -> UInt32[Array, " V"]:
+def _ordered_bits(x: Float[Array, "L V"]) -> UInt32[Array, "L V"]:
     """Bit patterns of float32 values that compare as the values do."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest_bits(holds: Callable[[jax.Array], jax.Array]) -> UInt32[Array, ""]:
-    """The largest threshold at which a falling condition still holds: 32 passes over the row in place of a sort."""
+def _largest_bits(holds: Callable[[jax.Array], jax.Array], rows: int) -> UInt32[Array, " L"]:
+    """Each row's largest threshold at which a falling condition still holds: 32 passes in place of a sort."""
 
     def settle(i: jax.Array, bits: jax.Array) -> jax.Array:
         higher = bits | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         return jnp.where(holds(higher), higher, bits)
 
-    return jax.lax.fori_loop(0, 32, settle, jnp.uint32(0))
+    return jax.lax.fori_loop(0, 32, settle, jnp.zeros(rows, jnp.uint32))

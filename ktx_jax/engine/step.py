@@ -2,7 +2,6 @@
 """The compiled steps: a run of tokens through the model, and the draw of what comes next."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,21 +16,35 @@ from ktx_jax.engine.scheduler import Limits, Work
 from ktx_jax.model.cache import Cache, Run
 
 
-@partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames="cache")
-def logits_step(
-    graphdef: Any, state: Any, cache: Cache, run: Run, at: Int[Array, " L"], *, dtype: Any
-) -> tuple[Float[Array, "L V"], Cache]:
-    """Adds the run to the cache; logits of its tokens `at`."""
-    return nnx.merge(graphdef, state)(run, cache, at, dtype=dtype)
+class Steps:
+    """The compiled steps of one model.
 
+    The parameters go in as their flat leaves: to flatten an NNX state and hash its graph at every call would take
+    milliseconds a token.
 
-@partial(jax.jit, static_argnames=("graphdef", "dtype", "top"), donate_argnames="cache")
-def sample_step(
-    graphdef: Any, state: Any, cache: Cache, run: Run, at: Int[Array, " L"], draw: Draw, *, dtype: Any, top: int
-) -> tuple[Drawn, Cache]:
-    """Adds the run to the cache and draws the token after each of `at`: one program a token."""
-    logits, cache = nnx.merge(graphdef, state)(run, cache, at, dtype=dtype)
-    return sample(logits, draw, top=top), cache
+    Attributes:
+      leaves: the parameters, the first argument of both steps.
+      logits: `(leaves, cache, run, at)` adds the run to the cache; logits [L, V] of its tokens `at`, and the cache.
+      sample: `(leaves, cache, run, at, draw, top=)` draws the token after each of `at` as well, in the same program:
+        `Drawn`, and the cache. `top` (static) as in `sampling.sample`.
+    """
+
+    def __init__(self, graphdef: Any, state: Any, dtype: Any):
+        self.leaves, treedef = jax.tree.flatten(state)
+
+        def forward(
+            leaves: list[jax.Array], cache: Cache, run: Run, at: Int[Array, " L"]
+        ) -> tuple[Float[Array, "L V"], Cache]:
+            return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(run, cache, at, dtype=dtype)
+
+        def draw_next(
+            leaves: list[jax.Array], cache: Cache, run: Run, at: Int[Array, " L"], draw: Draw, *, top: int | None
+        ) -> tuple[Drawn, Cache]:
+            logits, cache = forward(leaves, cache, run, at)
+            return sample(logits, draw, top=top), cache
+
+        self.logits = jax.jit(forward, donate_argnames="cache")
+        self.sample = jax.jit(draw_next, donate_argnames="cache", static_argnames="top")
 
 
 def make_run(work: Work, limits: Limits) -> tuple[Run, Int[np.ndarray, " L"]]:

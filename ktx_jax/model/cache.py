@@ -6,6 +6,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+import ktx_ffi
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.model.config import Config
@@ -38,11 +39,13 @@ def new_cache(config: Config, pages: int, page: int, dtype: jax.typing.DTypeLike
     return tuple(jnp.zeros(shape, kept) for _ in range(config.num_hidden_layers))
 
 
-def write(pages: jax.Array, rows: Float[Array, "T R_P"], run: Run) -> jax.Array:
+def write(pages: jax.Array, rows: Float[Array, "T R_P"], run: Run, *, implementation: str = "xla") -> jax.Array:
     """Puts each token's row at its position's place; padding is dropped."""
     count, page, width = pages.shape
     at = jnp.maximum(run.positions, 0)
     place = run.block_table[run.sequence, at // page] * page + at % page
+    if implementation == "ffi":
+        return ktx_ffi.cache_write(pages, rows, jnp.where(run.positions >= 0, place, -1))
     place = jnp.where(run.positions >= 0, place, count * page)
     if pages.dtype == jnp.uint16:
         rows = jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)

@@ -87,7 +87,7 @@ class Attention(nnx.Module):
         with jax.named_scope("latent"):
             latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x, precise=True), [c.kv_lora_rank], axis=-1)
             row = jnp.concatenate([self.kv_a_layernorm(latent), rotate(k_rope, cos, sin)], axis=-1)  # [T, R + P]
-            pages = write(pages, row, run)
+            pages = write(pages, row, run, implementation=self.implementation)
         with jax.named_scope("attend"):
             mixed = ops.mla_attention(
                 q_latent, q_rope, pages, run.block_table, run.sequence, run.positions,
