@@ -50,14 +50,6 @@ void Activations::place(uint8_t* memory, int64_t padded_rows) {
   aux_ = reinterpret_cast<int32_t*>(memory);
 }
 
-void Activations::residual(const Tile& t, int m, const float* x, float* lost) const {
-  const ActTile in = tile(t);
-  for (int64_t i = 0; i < k_; ++i) {
-    const int8_t level = in.q[(i / 32 * t.padded + m) * 32 + i % 32];
-    lost[i] = x[i] - in.d[i / format_.group * t.padded + m] * static_cast<float>(level);
-  }
-}
-
 ActTile Activations::columns(const Tile& t, int64_t k) const {
   ActTile out = tile(t);
   if (format_.group == 0) {

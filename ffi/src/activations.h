@@ -45,9 +45,6 @@ class Activations {
     }
   }
 
-  // What quantization lost of row m: x less the values that its levels stand for, `k` of them.
-  void residual(const Tile& t, int m, const float* x, float* lost) const;
-
   // The part of a tile that begins at column `k`, a multiple of the group.
   ActTile columns(const Tile& t, int64_t k) const;
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "half.h"
+#include "isa.h"
 
 namespace ktx {
 
@@ -17,8 +17,7 @@ struct InputRows {
   // Row i as float32: in place, or converted into `buffer` of `n` floats.
   const float* row(int64_t i, int64_t n, float* buffer) const {
     if (!bf16) return static_cast<const float*>(data) + i * stride;
-    const uint16_t* source = static_cast<const uint16_t*>(data) + i * stride;
-    for (int64_t j = 0; j < n; ++j) buffer[j] = bf16_to_float(source[j]);
+    kernels().from_bf16(static_cast<const uint16_t*>(data) + i * stride, n, buffer);
     return buffer;
   }
 };
@@ -35,8 +34,7 @@ struct OutputRows {
       std::memcpy(static_cast<float*>(data) + at, values, static_cast<size_t>(n) * sizeof(float));
       return;
     }
-    uint16_t* out = static_cast<uint16_t*>(data) + at;
-    for (int64_t j = 0; j < n; ++j) out[j] = float_to_bf16(values[j]);
+    kernels().to_bf16(values, n, static_cast<uint16_t*>(data) + at);
   }
 };
 

@@ -49,8 +49,8 @@ inline float bf16_to_float(uint16_t b) { return float_from_bits(static_cast<uint
 // Round to nearest even; NaN stays a quiet NaN.
 inline uint16_t float_to_bf16(float f) {
   const uint32_t bits = bits_from_float(f);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 64);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return static_cast<uint16_t>(((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16);
 }
 
 }  // namespace ktx

@@ -70,7 +70,7 @@ PanelKernel choose_panel_kernel(Type type, int rows) {
 }
 
 constexpr Kernels make_kernels() {
-  return {kTileRows, choose_panel_kernel, padded_tile_rows, quantize_row, silu_mul, add_rows, &kAttentionF32};
+  return {kTileRows, choose_panel_kernel, padded_tile_rows, quantize_row, residual_row, from_bf16, to_bf16, silu_mul, add_rows, &kAttentionF32};
 }
 
 }  // namespace

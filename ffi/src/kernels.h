@@ -46,6 +46,12 @@ struct Kernels {
   int (*tile_rows)(int rows);
   // Quantizes one row of k values into row m of a tile of `rows` rows.
   void (*quantize)(const ActFormat& format, const float* x, int64_t k, const ActTile& tile, int rows, int m);
+  // What that lost: lost[i] = x[i] less the value that its level in row m of the tile stands for.
+  void (*residual)(const ActFormat& format, const float* x, int64_t k, const ActTile& tile, int rows, int m,
+                   float* lost);
+  // Rows of bfloat16, n values.
+  void (*from_bf16)(const uint16_t* x, int64_t n, float* out);
+  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
   // out[i] = silu(gate[i]) * up[i], i < n, a multiple of 16.
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);
   // sums[token[m] * ld + r] += weight[m] * values[16 m + r], for rows m in order and r < 16.

@@ -39,7 +39,7 @@ void quantize_all(const Problem& p, const InputRows& x) {
       const float* row = x.row((tile.first + m) * p.w.lead + lead_index, p.w.k, buffer);
       p.acts.quantize(p.kernels, tile, m, row);
       if (p.lost != nullptr) {
-        p.acts.residual(tile, m, row, buffer + p.w.k);
+        p.kernels.residual(p.acts.format(), row, p.w.k, p.acts.tile(tile), tile.padded, m, buffer + p.w.k);
         p.lost->quantize(p.kernels, tile, m, buffer + p.w.k);
       }
     }

@@ -2,6 +2,7 @@
 // Kernels on rows of activations: quantization and the gated unit. Included after a simd_*.h.
 #pragma once
 
+#include "half.h"
 #include "kernels.h"
 #include "math_kernels.h"
 
@@ -65,6 +66,23 @@ void quantize_row(const ActFormat& format, const float* x, int64_t k, const ActT
       }
     }
   }
+}
+
+void residual_row(const ActFormat& format, const float* x, int64_t k, const ActTile& tile, int rows, int m,
+                  float* lost) {
+  for (int64_t i = 0; i < k; i += 32) {
+    const int8_t* level = tile.q + (i / 32 * rows + m) * 32;
+    const float d = tile.d[i / format.group * rows + m];
+    for (int j = 0; j < 32; ++j) lost[i + j] = x[i + j] - d * static_cast<float>(level[j]);
+  }
+}
+
+void from_bf16(const uint16_t* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = bf16_to_float(x[i]);
+}
+
+void to_bf16(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = float_to_bf16(x[i]);
 }
 
 void silu_mul(const float* gate, const float* up, int64_t n, float* out) {
