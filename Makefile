@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 # A second interpreter, if there is one, runs the suite on the newest JAX.
-PYTHON312 ?= $(firstword $(shell command -v python3.12 >/dev/null && python3.12 -c 'import sys; print(sys.executable)') \
+PYTHON312 ?= $(firstword $(shell command -v python3.12 >/dev/null && python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null) \
   $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12))
 PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard CMakeLists.txt ffi/CMakeLists.txt ffi/src/* ffi/src/*/*)
