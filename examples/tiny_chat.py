@@ -81,7 +81,7 @@ def questions_for(entry: Entry, rng: random.Random) -> list[str]:
     if entry.page in FEATURED or entry.kind == "topic":
         count = 4 if entry.kind != "method" or entry.page == "builtins" else 1
     else:
-        count = 0 if entry.kind == "method" else 1
+        count = 0 if entry.kind == "method" or entry.page.startswith(("distutils", "tkinter")) else 1
     asked = [template.format(spoken_name(entry, rng)) for template in rng.sample(ABOUT[entry.kind], count)]
     if entry.page in FEATURED and entry.kind in ("function", "class"):
         asked.append(f"What does {entry.name.rsplit('.', 1)[-1]} do?")
@@ -92,7 +92,7 @@ def conversations(entries: list[Entry], rng: random.Random) -> list[list[tuple[s
     """Conversations of one to three questions with their answers, shuffled."""
     pairs = [(greeting, INTRODUCTION) for greeting in GREETINGS for _ in range(6)]
     for entry in entries:
-        answer = answer_of(entry)
+        answer = answer_of(entry) if entry.public or entry.kind == "topic" else None
         if answer:
             pairs += [(question, answer) for question in questions_for(entry, rng)]
     rng.shuffle(pairs)

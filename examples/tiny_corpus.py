@@ -19,7 +19,7 @@ from pathlib import Path
 
 DROPPED = {
     "test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip",
-    "msilib", "pydoc_data", "encodings", "distutils", "ntpath", "nturl2path", "turtle",
+    "msilib", "pydoc_data", "encodings", "ntpath", "nturl2path",
 }  # fmt: skip
 LICENCE_WORDS = ("Permission to use", "All Rights Reserved", "WITHOUT WARRANTY", "THE SOFTWARE IS PROVIDED")
 COMPILED_MODULES = (
@@ -174,12 +174,12 @@ def compiled_entries() -> Iterator[Entry]:
 
 
 def load_entries() -> list[Entry]:
-    """All public entries, each text once, in a fixed order."""
+    """All entries, each text once, in a fixed order."""
     lib = Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
     entries = []
     for entry in [*topic_entries(), *compiled_entries(), *library_entries(lib)]:
-        if len(entry.text) >= 20 and entry.text not in seen and (entry.public or entry.kind == "topic"):
+        if len(entry.text) >= 20 and entry.text not in seen:
             seen.add(entry.text)
             entries.append(entry)
     return entries

@@ -87,7 +87,6 @@ def export(params: dict[str, np.ndarray], tokenizer: Tokenizer, folder: Path) ->
     files = []
     for mix in EXPORTED_MIXES:
         file = folder / f"tiny-{mix}.gguf"
-        size = write_gguf(file, file_metadata(tokenizer, mix), sources(params, mix))
-        print(f"{file}: {size:,} bytes")
+        write_gguf(file, file_metadata(tokenizer, mix), sources(params, mix))
         files.append(file)
     return files

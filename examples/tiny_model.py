@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded model's shape, its first values, and its forward pass over a training batch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -105,17 +108,28 @@ def abstract_model() -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(build))
 
 
-def batch_logits(graphdef: Any, state: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "BT vocab"]:
-    """Logits after every token of a batch of whole sequences, which run flat as the engine's prefill does."""
+def with_params(state: Any, params: Params) -> Any:
+    """The state, holding these parameters."""
     filled = [(key, leaf.replace(params[".".join(map(str, key[:-1]))])) for key, leaf in nnx.to_flat_state(state)]
-    model = nnx.merge(graphdef, nnx.from_flat_state(filled))
-    rows, length = tokens.shape
+    return nnx.from_flat_state(filled)
+
+
+def batch_loss(graphdef: Any, state: Any, rows: Int[Array, "B T1"]) -> Float[Array, ""]:
+    """Mean cross entropy, nats a token, of each row's tokens after its first; the rows run flat, as in a prefill."""
+    model = nnx.merge(graphdef, state)
+    count, length = rows.shape[0], rows.shape[1] - 1
     run = Run(
-        tokens=tokens.reshape(-1),
-        positions=jnp.tile(jnp.arange(length), rows),
-        sequence=jnp.repeat(jnp.arange(rows), length),
-        block_table=jnp.arange(rows)[:, None],
+        tokens=rows[:, :-1].reshape(-1),
+        positions=jnp.tile(jnp.arange(length), count),
+        sequence=jnp.repeat(jnp.arange(count), length),
+        block_table=jnp.arange(count)[:, None],
         tile=length,
     )
-    logits, _ = model(run, new_cache(CONFIG, rows, length, jnp.float32), jnp.arange(rows * length))
-    return logits
+    logits, _ = model(run, new_cache(CONFIG, count, length, jnp.float32), jnp.arange(count * length))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:].reshape(-1)).mean()
+
+
+def held_out_loss(loss: Callable[[Any, jax.Array], jax.Array], state: Any, rows: np.ndarray, size: int) -> float:
+    """Mean of `loss` over rows, `size` at a time."""
+    parts = [rows[at : at + size] for at in range(0, len(rows) - size + 1, size)]
+    return float(np.mean([loss(state, jnp.asarray(part)) for part in parts]))

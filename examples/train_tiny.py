@@ -10,7 +10,6 @@ Everything is seeded: the same Python, JAX and machine give the same model.
 import argparse
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -20,28 +19,25 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 from tiny_data import batches, load_texts, pack, tokenize
 from tiny_export import export
-from tiny_model import CONFIG, Params, abstract_model, batch_logits, initial_params
+from tiny_model import CONFIG, Params, abstract_model, batch_loss, held_out_loss, initial_params, with_params
 from tiny_tokenizer import train_tokenizer
+
+from ktx_jax.gguf.reader import open_gguf
+from ktx_jax.model.config import config_from_gguf
+from ktx_jax.sharding.load import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
 BOS_ID = 0
 LEARNING_RATE, ADAM_LEARNING_RATE = 6e-3, 3e-3
 WARMUP, FINAL_FRACTION = 100, 0.03
-EVAL_EVERY = 250
+EVAL_EVERY = 200
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training with rows of one length."""
-
-    length: int
-    rows: int
-    steps: int
-
-
-# Short rows first: attention is a good part of the cost. Long ones last, for conversations and whole pages.
-PHASES = (Phase(length=256, rows=8, steps=4000), Phase(length=1024, rows=2, steps=300))
+# Rows are mostly short, since attention is a good part of the cost; two steps in eight read longer ones.
+LENGTHS = (256, 256, 256, 256, 256, 256, 512, 1024)
+TOKENS_A_STEP = 2048
+STEPS = 5600
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
@@ -61,7 +57,7 @@ def optimizer(steps: int) -> optax.GradientTransformation:
             schedule(LEARNING_RATE),
             adam_learning_rate=schedule(ADAM_LEARNING_RATE),
             adam_b2=0.95,
-            weight_decay=0.05,
+            weight_decay=0.12,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(dimensions, params),
         ),
@@ -74,49 +70,58 @@ class Trainer:
     def __init__(self) -> None:
         graphdef, state = abstract_model()
         self.params = initial_params(state, SEED)
-        rule = optimizer(sum(phase.steps for phase in PHASES))
+        rule = optimizer(STEPS)
         self.state = rule.init(self.params)
 
         def loss(params: Params, rows: jax.Array) -> jax.Array:
-            logits = batch_logits(graphdef, state, params, rows[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:].reshape(-1)).mean()
+            return batch_loss(graphdef, with_params(state, params), rows)
 
         def step(params: Params, state: optax.OptState, rows: jax.Array) -> tuple:
             value, gradient = jax.value_and_grad(loss)(params, rows)
             updates, state = rule.update(gradient, state, params)
             return optax.apply_updates(params, updates), state, value
 
-        self._loss, self._step = jax.jit(loss), jax.jit(step, donate_argnums=(0, 1))
+        self.loss, self._step = jax.jit(loss), jax.jit(step, donate_argnums=(0, 1))
 
     def step(self, rows: np.ndarray) -> float:
         """One update; the loss before it, in nats a token."""
         self.params, self.state, value = self._step(self.params, self.state, jnp.asarray(rows))
         return float(value)
 
-    def evaluate(self, rows: np.ndarray, size: int) -> float:
-        """Mean loss over rows, `size` at a time."""
-        parts = [rows[at : at + size] for at in range(0, len(rows) - size + 1, size)]
-        return float(np.mean([self._loss(self.params, jnp.asarray(part)) for part in parts]))
+
+def held_out_rows(documents: list[np.ndarray], length: int) -> np.ndarray:
+    """The held-out documents in rows of one length."""
+    return pack(documents, length + 1, np.random.default_rng(SEED), BOS_ID)
 
 
-def train(train_documents: list[np.ndarray], held_out: list[np.ndarray], checkpoint: Path) -> tuple[Params, list]:
-    """Runs all phases. Returns the parameters and a log of (step, seconds, training loss, held-out loss)."""
-    trainer, log, done, recent = Trainer(), [], 0, []
+def train(documents: list[np.ndarray], held_out: list[np.ndarray], checkpoint: Path) -> list[dict[str, float]]:
+    """Trains, saving the parameters at each evaluation. Returns the log: seconds, training and held-out losses."""
+    trainer, log, recent = Trainer(), [], []
+    rows_of = {length: TOKENS_A_STEP // length for length in sorted(set(LENGTHS))}
+    feeds = {length: batches(documents, length + 1, rows, BOS_ID, SEED + length) for length, rows in rows_of.items()}
     begun = time.perf_counter()
-    for number, phase in enumerate(PHASES):
-        feed = batches(train_documents, phase.length + 1, phase.rows, BOS_ID, SEED + number)
-        held_rows = pack(held_out, phase.length + 1, np.random.default_rng(SEED), BOS_ID)
-        for index, rows in zip(range(phase.steps), feed, strict=False):
-            recent.append(trainer.step(rows))
-            done += 1
-            if done % EVAL_EVERY == 0 or index + 1 == phase.steps:
-                held_loss = trainer.evaluate(held_rows, phase.rows)
-                entry = (done, time.perf_counter() - begun, float(np.mean(recent)), held_loss)
-                print("step {} · {:.0f} s · loss {:.3f} · held out {:.3f}".format(*entry), flush=True)
-                log.append(entry)
-                recent.clear()
-                np.savez(checkpoint, **trainer.params)
-    return trainer.params, log
+    for step in range(1, STEPS + 1):
+        recent.append(trainer.step(next(feeds[LENGTHS[step % len(LENGTHS)]])))
+        if step % EVAL_EVERY == 0 or step == STEPS:
+            entry = {"step": step, "seconds": time.perf_counter() - begun, "training": float(np.mean(recent))}
+            for length, rows in rows_of.items():
+                entry[f"held_out_{length}"] = held_out_loss(
+                    trainer.loss, trainer.params, held_out_rows(held_out, length), rows
+                )
+            print(" · ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
+            log.append(entry)
+            recent.clear()
+            np.savez(checkpoint, **trainer.params)
+    return log
+
+
+def file_loss(file: Path, held_out: list[np.ndarray], length: int) -> float:
+    """Held-out loss of an exported file, read as any other model is."""
+    with open_gguf(file) as gguf:
+        config = config_from_gguf(gguf.metadata, gguf.tensors, file=str(file))
+        model = load_model(gguf, config, device=jax.devices()[0], implementation="xla")
+    loss = jax.jit(lambda state, rows: batch_loss(model.graphdef, state, rows))
+    return held_out_loss(loss, model.state, held_out_rows(held_out, length), TOKENS_A_STEP // length)
 
 
 def main() -> None:
@@ -130,13 +135,15 @@ def main() -> None:
 
     texts, held_texts = load_texts(SEED)
     tokenizer = train_tokenizer(texts, CONFIG.vocab_size)
+    documents, held_out = tokenize(tokenizer, texts), tokenize(tokenizer, held_texts)
+    print(f"{sum(map(len, documents)):,} tokens to train on, {sum(map(len, held_out)):,} held out", flush=True)
     if not arguments.export_only:
-        documents, held_out = tokenize(tokenizer, texts), tokenize(tokenizer, held_texts)
-        print(f"{sum(map(len, documents)):,} tokens to train on, {sum(map(len, held_out)):,} held out", flush=True)
-        _, log = train(documents, held_out, checkpoint)
-        (arguments.work / "log.json").write_text(json.dumps(log))
+        log = train(documents, held_out, checkpoint)
+        (arguments.work / "log.json").write_text(json.dumps(log, indent=1))
     with np.load(checkpoint) as saved:
-        export(dict(saved), tokenizer, arguments.out)
+        files = export(dict(saved), tokenizer, arguments.out)
+    for file in files:
+        print(f"{file.name}: {file.stat().st_size:,} bytes, held-out loss {file_loss(file, held_out, 512):.3f}")
 
 
 if __name__ == "__main__":
