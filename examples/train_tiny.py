@@ -37,7 +37,7 @@ EVAL_EVERY = 200
 # Rows are mostly short, since attention is a good part of the cost; two steps in eight read longer ones.
 LENGTHS = (256, 256, 256, 256, 256, 256, 512, 1024)
 TOKENS_A_STEP = 2048
-STEPS = 5600
+STEPS = 3600
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
@@ -57,7 +57,7 @@ def optimizer(steps: int) -> optax.GradientTransformation:
             schedule(LEARNING_RATE),
             adam_learning_rate=schedule(ADAM_LEARNING_RATE),
             adam_b2=0.95,
-            weight_decay=0.12,
+            weight_decay=0.15,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(dimensions, params),
         ),
