@@ -79,6 +79,9 @@ def test_floats_round_as_gguf_py(ggml_type):
 def test_any_finite_values(ggml_type):
     """Constant, zero, tiny, huge and mixed blocks: finite results, errors within the block's range."""
     block = GGML_QUANT_SIZES[ggml_type][0]
+    # Super-blocks keep their scale in float16, whose steps are 2**-24, and multiply it by up to 127 * 32: values too
+    # small for that are lost, in any quantizer.
+    lost = 2.0**-25 * 127 * 32 if block == 256 else 1e-6
 
     @settings(max_examples=30, deadline=None)
     @given(arrays(np.float32, (2, max(block, 32)), elements=st.floats(-60000, 60000, width=32)))
@@ -86,7 +89,7 @@ def test_any_finite_values(ggml_type):
         blocks = quantize(x, ggml_type)
         values = by_gguf_py(blocks, ggml_type).reshape(x.shape)
         assert np.isfinite(values).all()
-        assert np.abs(values - x).max() <= 0.6 * np.abs(x).max() + 1e-6
+        assert np.abs(values - x).max() <= 0.6 * np.abs(x).max() + lost
         np.testing.assert_array_equal(np.asarray(dequantize(jnp.asarray(blocks), ggml_type)), values)
 
     holds()
