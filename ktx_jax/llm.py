@@ -23,6 +23,7 @@ from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.reply import Chunk, follow
 from ktx_jax.engine.requests import FinishReason, Request, SamplingParams, TokenLogprob
 from ktx_jax.engine.scheduler import Limits
+from ktx_jax.engine.step import Steps
 from ktx_jax.errors import KtxError
 from ktx_jax.gguf.architecture import check_architecture
 from ktx_jax.gguf.reader import open_gguf
@@ -126,10 +127,8 @@ class LLM:
                 gguf, self.config,
                 device=self.device, implementation=self.implementation, repack=repack, progress=progress,
             )  # fmt: skip
-        self._engine = Engine(
-            self.config, self._model.graphdef, self._model.state, limits,
-            dtype=self.dtype, device=self.device, eos_ids=self.tokenizer.eos_ids,
-        )  # fmt: skip
+        steps = Steps(self.config, self._model, limits, dtype=self.dtype, device=self.device)
+        self._engine = Engine(self.config, steps, limits, eos_ids=self.tokenizer.eos_ids)
         self.load_seconds = time.perf_counter() - begun
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:

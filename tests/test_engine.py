@@ -9,10 +9,9 @@ from golden_models import LOGITS, SMALL_LIMITS, golden_llm, relative_error, smal
 
 from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.requests import Request, SamplingParams
-from ktx_jax.engine.scheduler import Limits, Share, Work
+from ktx_jax.engine.scheduler import Share, Work
 from ktx_jax.engine.step import make_run
 from ktx_jax.llm import LLM
-from ktx_jax.model.cache import new_cache
 
 LENGTH = 150
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -21,9 +20,9 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 class Sequences:
     """Several sequences driven through the compiled steps by hand, on shuffled pages."""
 
-    def __init__(self, llm: LLM, limits: Limits, tokens: np.ndarray):
-        self.llm, self.limits = llm, limits
-        self.cache = new_cache(llm.config, limits.pages, limits.page, llm.dtype)
+    def __init__(self, llm: LLM, tokens: np.ndarray):
+        self.llm, self.limits = llm, llm._engine.limits
+        limits = self.limits
         pages = np.random.default_rng(1).permutation(limits.pages).tolist()
         self.requests = [Request(row.tolist(), SamplingParams(), 0) for row in tokens]
         for request in self.requests:
@@ -34,9 +33,8 @@ class Sequences:
         """One step that takes each row in `stops` up to that position."""
         shares = tuple(Share(self.requests[row], self.requests[row].computed, stop) for row, stop in stops.items())
         run, last = make_run(Work(shares, decode), self.limits)
-        steps, at = self.llm._engine.steps, jnp.arange(run.tokens.shape[0])
-        out, self.cache = steps.logits(steps.leaves, self.cache, run, at)
-        for row, share, end in zip(stops, shares, last + 1, strict=False):
+        out = self.llm._engine.steps.logits(run, np.arange(run.tokens.shape[1], dtype=np.int32)[None])[0]
+        for row, share, end in zip(stops, shares, last[0] + 1, strict=False):
             self.logits[row, share.start : share.stop] = out[end - (share.stop - share.start) : end]
             share.request.computed = share.stop
 
@@ -70,7 +68,7 @@ def test_chunks_of_a_prompt(engine, tokens, whole, length):
 
 
 def test_token_by_token(llm, tokens, whole):
-    sequences = Sequences(llm, SMALL_LIMITS, tokens[:1])
+    sequences = Sequences(llm, tokens[:1])
     for stop in range(1, LENGTH + 1):
         sequences.run({0: stop}, decode=True)
     np.testing.assert_allclose(sequences.logits[0], whole[0], **CLOSE)
@@ -79,7 +77,7 @@ def test_token_by_token(llm, tokens, whole):
 @pytest.mark.parametrize("seed", range(3))
 def test_any_mixture_of_steps(llm, tokens, whole, seed):
     """Ragged chunks and decode steps, of one sequence or both, in any order."""
-    rng, sequences = np.random.default_rng(seed), Sequences(llm, SMALL_LIMITS, tokens)
+    rng, sequences = np.random.default_rng(seed), Sequences(llm, tokens)
     while left := [row for row, request in enumerate(sequences.requests) if request.computed < LENGTH]:
         rows = rng.permutation(left)[: rng.integers(1, 3)].tolist()
         decode = bool(rng.integers(2))
@@ -93,7 +91,7 @@ def test_past_the_original_context():
     """Where an error in YaRN's frequencies has had thousands of positions to grow: prefill in chunks to 4608, decode
     from there, one whole pass, and transformers."""
     llm, tokens = golden_llm("grouped", context=4672, batch=1), LOGITS["long.tokens"].astype(np.int32)
-    sequences = Sequences(llm, llm._engine.limits, tokens[None])
+    sequences = Sequences(llm, tokens[None])
     for stop in range(512, 4609, 512):
         sequences.run({0: stop}, decode=False)
     for stop in range(4609, len(tokens) + 1):
@@ -116,4 +114,4 @@ def test_drawn_tokens_are_the_most_likely_of_the_logits(engine, llm):
         assert request.finish_reason == "length"
         logits = engine.logits(request.prompt + request.output)
         assert logits[len(request.prompt) - 1 : -1].argmax(-1).tolist() == request.output
-    assert len(engine._scheduler.free_pages) == SMALL_LIMITS.pages
+    assert len(engine._scheduler.free_pages[0]) == SMALL_LIMITS.pages

@@ -11,9 +11,8 @@ import pytest
 from golden_models import LOGITS, golden_llm, relative_error, small_llm
 
 from ktx_jax.engine.requests import Request, SamplingParams
-from ktx_jax.engine.scheduler import Limits, Share, Work
+from ktx_jax.engine.scheduler import Share, Work
 from ktx_jax.engine.step import make_draw, make_run
-from ktx_jax.model.cache import new_cache
 
 
 def test_functional_is_exact():
@@ -48,23 +47,22 @@ def test_gradient_with_respect_to_float_parameters():
     np.testing.assert_allclose(slope, sum((grad**2).sum() for grad in grads), rtol=2e-2)
 
 
-def compiled_step(llm, limits: Limits, *, decode: bool) -> str:
-    """The optimized HLO of the step that samples, for a cache of `limits`."""
+def compiled_step(llm, *, decode: bool) -> str:
+    """The optimized HLO of the engine's step that samples."""
+    limits = llm._engine.limits
     requests = [Request([5] * 20, SamplingParams(), 10, pages=[i]) for i in range(limits.batch)]
-    shares = [Share(request, 19 if decode else 0, 20) for request in requests]
-    cache = jax.eval_shape(lambda: new_cache(llm.config, limits.pages, limits.page, llm.dtype))
-    run, last = make_run(Work(tuple(shares), decode), limits)
-    steps = llm._engine.steps
-    step = steps.sample.lower(steps.leaves, cache, run, jnp.asarray(last), make_draw(requests, len(last)), top=0)
-    return step.compile().as_text()
+    work = Work(tuple(Share(request, 19 if decode else 0, 20) for request in requests), decode)
+    run, last = make_run(work, limits)
+    return llm._engine.steps.lower(run, last, make_draw(work, *last.shape), top=0).compile().as_text()
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", "u16"), ("float32", "f32")])
 def test_a_step_writes_the_cache_in_place(dtype, kept):
     """No copy, conversion or other array of a cache's size: each token's row goes straight into its page."""
-    llm, limits = golden_llm("split", dtype), Limits(context=4096, batch=4)
+    llm = golden_llm("split", dtype, context=4096)
+    limits = llm._engine.limits
     size = limits.pages * limits.page * llm.config.latent_dim
-    text = compiled_step(llm, limits, decode=True)
+    text = compiled_step(llm, decode=True)
     assert text.count("may-alias") == llm.config.num_hidden_layers
     found = {
         (operation, kind)

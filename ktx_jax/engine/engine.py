@@ -3,11 +3,10 @@
 
 import operator
 import threading
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -16,7 +15,6 @@ from ktx_jax.engine.sampling import Drawn
 from ktx_jax.engine.scheduler import Limits, Scheduler, Share, Work
 from ktx_jax.engine.step import Steps, make_draw, make_run
 from ktx_jax.errors import KtxError
-from ktx_jax.model.cache import new_cache
 from ktx_jax.model.config import Config
 
 
@@ -26,20 +24,15 @@ class Engine:
     def __init__(
         self,
         config: Config,
-        graphdef: Any,
-        state: Any,
+        steps: Steps,
         limits: Limits,
         *,
-        dtype: Any,
-        device: jax.Device,
         eos_ids: frozenset[int],
     ):
-        self.config, self.limits, self.dtype, self.eos_ids = config, limits, dtype, eos_ids
-        self.steps, self._device = Steps(graphdef, state, dtype), device
-        self._scheduler = Scheduler(limits)
+        self.config, self.steps, self.limits, self.eos_ids = config, steps, limits, eos_ids
+        self._scheduler = Scheduler(limits, steps.depth)
+        self._flight: deque[tuple[Work, Drawn]] = deque()
         self._lock = threading.RLock()
-        with jax.default_device(device):
-            self._cache = new_cache(config, limits.pages, limits.page, dtype)
 
     def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
         """Queues a prompt; its tokens arrive in `Request.unread` as `step` is called.
@@ -81,37 +74,37 @@ class Engine:
                 self._scheduler.finish(request, "stop")
 
     def step(self) -> bool:
-        """Computes one step; False if there was nothing to do."""
+        """Starts as many steps as may be in flight and takes what the oldest drew; False if there was nothing to do."""
         with self._lock:
-            work = self._scheduler.next_work()
-            if work is None:
+            while len(self._flight) < self.steps.depth and (work := self._scheduler.next_work()) is not None:
+                self._flight.append((work, self._sample(work)))
+            if not self._flight:
                 return False
-            drawn = jax.device_get(self._sample(work))
-            for row, share in enumerate(work.shares):
-                share.request.computed = share.stop
-                if share.samples:
-                    self._take(share, row, drawn)
+            work, drawn = self._flight.popleft()
+            drawn = jax.device_get(drawn)
+            self._scheduler.landed(work)
+            for shard, shares in enumerate(work.by_shard(self.limits.shards)):
+                for row, share in enumerate(shares):
+                    self._take(share, (shard, row), drawn)
             return True
 
     def _sample(self, work: Work) -> Drawn:
         requests = [share.request for share in work.shares]
         wanted = [r.params.logprobs for r in requests if r.params.logprobs is not None]
         top = None if not wanted else min(MAX_LOGPROBS, self.config.vocab_size) if any(wanted) else 0
-        with jax.default_device(self._device):
-            run, last = make_run(work, self.limits)
-            drawn, self._cache = self.steps.sample(
-                self.steps.leaves, self._cache, run, jnp.asarray(last), make_draw(requests, len(last)), top=top
-            )
-        return drawn
+        run, last = make_run(work, self.limits)
+        return self.steps.sample(run, last, make_draw(work, *last.shape), top=top)
 
-    def _take(self, share: Share, row: int, drawn: Drawn) -> None:
+    def _take(self, share: Share, row: tuple[int, int], drawn: Drawn) -> None:
         request, token = share.request, int(drawn.token[row])
+        if request.finish_reason is not None or not share.samples:  # it may have ended while its step was in flight
+            return
         wanted, logprob = request.params.logprobs, None
         if wanted is not None:
             assert drawn.logprob is not None
             assert drawn.top_ids is not None
             assert drawn.top_logprobs is not None
-            pairs = zip(drawn.top_ids[row, :wanted].tolist(), drawn.top_logprobs[row, :wanted].tolist(), strict=True)
+            pairs = zip(drawn.top_ids[row][:wanted].tolist(), drawn.top_logprobs[row][:wanted].tolist(), strict=True)
             logprob = TokenLogprob(token, float(drawn.logprob[row]), tuple(pairs))
         request.output.append(token)
         request.unread.append((token, logprob))
@@ -124,7 +117,7 @@ class Engine:
         """Logits of every position of one sequence, float32, in chunks through the cache."""
         request = Request(self.check_prompt(tokens, room=0), SamplingParams(), 0)
         with self._lock:
-            while (pages := self._scheduler.borrow(-(-request.length // self.limits.page))) is None:
+            while (pages := self._scheduler.borrow(-(-request.length // self.limits.page), request.shard)) is None:
                 self.step()
             request.pages = pages
             try:
@@ -132,13 +125,12 @@ class Engine:
                     [self._chunk_logits(request) for _ in range(0, request.length, self.limits.chunk)]
                 )
             finally:
-                self._scheduler.give_back(pages)
+                self._scheduler.give_back(pages, request.shard)
 
     def _chunk_logits(self, request: Request) -> Float[np.ndarray, "T V"]:
         start, stop = request.computed, min(request.length, request.computed + self.limits.chunk)
-        with jax.default_device(self._device):
-            run, _ = make_run(Work((Share(request, start, stop),), decode=False), self.limits)
-            at = jnp.arange(run.tokens.shape[0])
-            out, self._cache = self.steps.logits(self.steps.leaves, self._cache, run, at)
+        run, _ = make_run(Work((Share(request, start, stop),), decode=False), self.limits)
+        at = np.broadcast_to(np.arange(run.tokens.shape[1], dtype=np.int32), run.tokens.shape)
+        out = self.steps.logits(run, at)
         request.computed = stop
-        return np.asarray(out)[: stop - start]
+        return np.asarray(out[request.shard])[: stop - start]

@@ -72,8 +72,9 @@ class Request:
     limit: int  # tokens that may be generated
     output: list[int] = field(default_factory=list)
     unread: deque[tuple[int, TokenLogprob | None]] = field(default_factory=deque)
-    computed: int = 0  # tokens whose latents are in the cache
+    computed: int = 0  # tokens whose latents are in the cache, or on their way there
     pages: list[int] = field(default_factory=list)
+    shard: int = 0  # of the `data` axis, whose pages these are
     finish_reason: FinishReason | None = None
     seed: int = 0
 
