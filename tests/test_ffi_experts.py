@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture of experts and dense SwiGLU on CPU."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ffi_reference import dequantize, quantized_activations, random_blocks, silu
+from ffi_reference import BLOCKS_OF_32, FLOATS, K_QUANTS, dequantize, quantized_activations, random_blocks, silu
 from gguf import GGMLQuantizationType as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +123,45 @@ def test_shards_of_experts_and_rows_add_up():
         local = [ktx_ffi.Weights(b, t) for b, t in zip(cut, experts.types, strict=True)]
         total += np.asarray(ktx_ffi.experts(*map(jnp.asarray, (x, ids, weights)), *local))
     np.testing.assert_allclose(total, experts(x, ids, weights), rtol=1e-4, atol=1e-5)
+
+
+# A piece of a width whose cuts fall inside blocks of `down`: its type, F, K, where the hidden values lie.
+PLACES = [(t, 192, 512, at) for t in K_QUANTS for at in (0, 128, 256, 320)]
+PLACES += [(t, 96, 256, 32) for t in BLOCKS_OF_32 + FLOATS] + [(T.Q6_K, 80, 256, 176), (T.F16, 50, 90, 16)]
+
+
+@pytest.mark.parametrize(("down", "f", "k", "at"), PLACES, ids=lambda v: getattr(v, "name", str(v)))
+@pytest.mark.parametrize("tokens", [1, 60])
+def test_hidden_values_inside_a_wider_down(down, f, k, at, tokens):
+    """As the same experts with gate and up filled with zeros to the width of `down`."""
+    rng = np.random.default_rng(at)
+    gate, up = random_blocks(rng, T.Q4_K, 4, f, 256), random_blocks(rng, T.Q4_K, 4, f, 256)
+    last = random_blocks(rng, down, 4, 256, k)
+    filled = [np.zeros((4, k, *w.shape[2:]), np.uint8) for w in (gate, up)]
+    for wide, w in zip(filled, (gate, up), strict=True):
+        wide[:, at : at + f] = w
+    narrow = [ktx_ffi.Weights(w, t) for w, t in ((gate, T.Q4_K), (up, T.Q4_K), (last, down))]
+    wide = [ktx_ffi.Weights(w, t) for w, t in ((filled[0], T.Q4_K), (filled[1], T.Q4_K), (last, down))]
+    operands = tuple(map(jnp.asarray, inputs(rng, tokens, 256, 4, 2)))
+    placed = jax.jit(lambda offset: ktx_ffi.experts(*operands, *narrow, offset=offset))
+    expected = np.asarray(ktx_ffi.experts(*operands, *wide))
+    np.testing.assert_array_equal(placed(np.int32(at)), expected)
+    np.testing.assert_array_equal(placed(jnp.full((1,), at, jnp.int32)), expected)
+    dense = [ktx_ffi.Weights(w[1], t) for w, t in ((gate, T.Q4_K), (up, T.Q4_K), (last, down))]
+    one = (operands[0], jnp.ones((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32))
+    np.testing.assert_array_equal(ktx_ffi.mlp(operands[0], *dense, offset=at), np.asarray(ktx_ffi.experts(*one, *wide)))
+
+
+def test_places_outside_are_errors():
+    rng = np.random.default_rng(0)
+    shapes = (T.Q4_K, (2, 96, 256)), (T.Q4_K, (2, 96, 256)), (T.Q6_K, (2, 256, 256))
+    weights = [ktx_ffi.Weights(random_blocks(rng, t, *shape), t) for t, shape in shapes]
+    operands = tuple(map(jnp.asarray, inputs(rng, 3, 256, 2, 2)))
+    for offset in (-16, 8, 176, 1 << 30):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=rf"ktx_experts: offset {offset} must be a multiple of 16"):
+            ktx_ffi.experts(*operands, *weights, offset=offset).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"down \[E, D, F\]"):
+        ktx_ffi.experts(*operands, *weights).block_until_ready()
 
 
 @mixes

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int, Int32
 from ktx_ffi._library import library
 from ktx_ffi._weights import Handle, operand
 
+Offset = int | Int32[Array, "..."] | Int32[np.ndarray, "..."]
+
 
 def _call(
     name: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: Array | np.ndarray, **attributes: Any
@@ -49,25 +51,36 @@ def experts(
     up: Handle,
     down: Handle,
     *,
+    offset: Offset | None = None,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "T D"]:
     """Mixture of gated experts: the sum over k of `weights * down(silu(gate(x)) * up(x))` of expert `ids`.
 
     Weights are `[E, F, D]`, `[E, F, D]` and `[E, D, F]`. An id outside `[0, E)` adds nothing. The sum of a token runs
-    in order of its expert ids. Raises as `matmul`.
+    in order of its expert ids. With an `offset` (one integer, a multiple of 16) `down` is `[E, D, K]` and the hidden
+    values lie at `offset .. offset + F` of K, zeros around them: a shard of F whose cuts are not between the blocks of
+    `down`. Raises as `matmul`.
     """
-    handles = (operand(gate), operand(up), operand(down))
-    return _call("ktx_experts", x.shape, dtype or x.dtype, x, ids, weights.astype(jnp.float32), *handles)
+    placed = offset is not None
+    at = jnp.asarray(offset if placed else 0, jnp.int32)
+    operands = (x, ids, weights.astype(jnp.float32), operand(gate), operand(up), operand(down), at)
+    return _call("ktx_experts", x.shape, dtype or x.dtype, *operands, placed=placed)
 
 
 def mlp(
-    x: Float[Array, "*b D"], gate: Handle, up: Handle, down: Handle, *, dtype: DTypeLike | None = None
+    x: Float[Array, "*b D"],
+    gate: Handle,
+    up: Handle,
+    down: Handle,
+    *,
+    offset: Offset | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "*b D"]:
-    """SwiGLU: `down(silu(gate(x)) * up(x))` with weights `[F, D]`, `[F, D]`, `[D, F]`. Raises as `matmul`."""
+    """SwiGLU: `down(silu(gate(x)) * up(x))` with weights `[F, D]`, `[F, D]`, `[D, F]`; `offset` as in `experts`."""
     rows = x.reshape(-1, x.shape[-1])
     ids = jnp.zeros((rows.shape[0], 1), jnp.int32)
     weights = jnp.ones((rows.shape[0], 1), jnp.float32)
-    return experts(rows, ids, weights, gate, up, down, dtype=dtype).reshape(x.shape)
+    return experts(rows, ids, weights, gate, up, down, offset=offset, dtype=dtype).reshape(x.shape)
 
 
 def embed(ids: Int[Array, "*b"], w: Handle, d: int, *, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b d"]:

@@ -144,17 +144,24 @@ class ExpertsRun {
     }
   }
 
-  // Columns [begin, end) of silu(gate) * up, for a block of tiles; row r of the block goes to out + r * ld.
+  // Columns [begin, end) of `down`'s input, for a block of tiles; row r of the block goes to out + r * ld. They are
+  // silu(gate) * up, with zeros before and behind where `down` is wider.
   void gated(const TileBlock& b, int64_t begin, int64_t end, float* out, int64_t ld) const {
     const int64_t rows = padded_rows(b);
+    const int64_t first = std::clamp(call_.offset, begin, end);
+    const int64_t last = std::clamp(call_.offset + call_.gate.n, first, end);
+    if (last - first < end - begin) {
+      for (int64_t r = 0; r < rows; ++r) std::fill(out + r * ld, out + r * ld + (end - begin), 0.0f);
+    }
     const size_t size = static_cast<size_t>(rows * kPanelRows);
     float* gate = reinterpret_cast<float*>(thread_memory(ThreadSlot::kOutput, 2 * size * sizeof(float)));
     float* up = gate + size;
-    for (int64_t c = begin; c < end; c += kPanelRows) {
-      project(call_.gate, gate_in_, b, c / kPanelRows, gate);
-      project(call_.up, up_in_, b, c / kPanelRows, up);
+    for (int64_t c = first; c < last; c += kPanelRows) {
+      const int64_t panel = (c - call_.offset) / kPanelRows;
+      project(call_.gate, gate_in_, b, panel, gate);
+      project(call_.up, up_in_, b, panel, up);
       kernels_.silu_mul(gate, up, rows * kPanelRows, gate);
-      const size_t columns = static_cast<size_t>(std::min<int64_t>(kPanelRows, end - c));
+      const size_t columns = static_cast<size_t>(std::min<int64_t>(kPanelRows, last - c));
       for (int64_t r = 0; r < rows; ++r) {
         std::memcpy(out + r * ld + (c - begin), gate + r * kPanelRows, columns * sizeof(float));
       }
@@ -184,10 +191,10 @@ class ExpertsRun {
     quantize_hidden(b, begin, end - begin, values, kColumns);
   }
 
-  // The same in smaller units; whichever thread completes a block of columns quantizes it. `values`: [padded rows, F].
+  // The same in smaller units; whichever thread completes a block of columns quantizes it. `values`: [padded rows, K].
   void hidden_values_split(int64_t column_blocks, float* values) const {
-    const int64_t f = call_.down.k;
-    const int64_t parts = (f + kFewColumns - 1) / kFewColumns;
+    const int64_t k = call_.down.k;
+    const int64_t parts = (k + kFewColumns - 1) / kFewColumns;
     constexpr int64_t kPartsPerBlock = kColumns / kFewColumns;
     const size_t counters = blocks_.size() * static_cast<size_t>(column_blocks);
     const std::unique_ptr<std::atomic<int>[]> done(new std::atomic<int>[counters]());
@@ -197,15 +204,15 @@ class ExpertsRun {
       const TileBlock& b = blocks_[unit.block];
       const int64_t part = unit.part;
       const int64_t column_block = part / kPartsPerBlock;
-      float* rows = values + tile(b.tile_first).offset * f;
-      gated(b, part * kFewColumns, std::min((part + 1) * kFewColumns, f), rows + part * kFewColumns, f);
+      float* rows = values + tile(b.tile_first).offset * k;
+      gated(b, part * kFewColumns, std::min((part + 1) * kFewColumns, k), rows + part * kFewColumns, k);
       const int64_t begin = column_block * kColumns;
-      const int64_t end = std::min(begin + kColumns, f);
+      const int64_t end = std::min(begin + kColumns, k);
       const int all = static_cast<int>((end - begin + kFewColumns - 1) / kFewColumns);
       std::atomic<int>& counter =
           done[unit.block * static_cast<size_t>(column_blocks) + static_cast<size_t>(column_block)];
       if (counter.fetch_add(1, std::memory_order_acq_rel) + 1 == all) {
-        quantize_hidden(b, begin, end - begin, rows + begin, f);
+        quantize_hidden(b, begin, end - begin, rows + begin, k);
       }
     });
   }

@@ -10,7 +10,8 @@ namespace ktx {
 struct ExpertsCall {
   const Weights& gate;  // [E, F, D]
   const Weights& up;    // [E, F, D]
-  const Weights& down;  // [E, D, F]
+  const Weights& down;  // [E, D, K], K >= offset + F
+  int64_t offset;       // of the F hidden values in K, a multiple of 16; the rest of K is zero
   int64_t tokens;
   int64_t top_k;
   const int32_t* ids;    // [tokens, top_k]; outside [0, E): adds nothing

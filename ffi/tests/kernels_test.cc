@@ -143,13 +143,46 @@ void test_experts() {
     for (int64_t i = 0; i < 2 * tokens; ++i) ids.push_back(static_cast<int32_t>(g_random() % 5) - 1);
     const std::vector<float> weights = normal(2 * tokens);
     std::vector<float> y(static_cast<size_t>(tokens * d), NAN);
-    ktx::experts({*gate.weights, *up.weights, *down.weights, tokens, 2, ids.data(), weights.data(), x.data(), false,
+    ktx::experts({*gate.weights, *up.weights, *down.weights, 0, tokens, 2, ids.data(), weights.data(), x.data(), false,
                   y.data(), false});
     for (float value : y) CHECK(std::isfinite(value));
     std::vector<float> first(static_cast<size_t>(d));
-    ktx::experts({*gate.weights, *up.weights, *down.weights, 1, 2, ids.data(), weights.data(), x.data(), false,
+    ktx::experts({*gate.weights, *up.weights, *down.weights, 0, 1, 2, ids.data(), weights.data(), x.data(), false,
                   first.data(), false});
     for (size_t i = 0; i < first.size(); ++i) CHECK(first[i] == y[i]);
+  }
+}
+
+// Hidden values inside a wider `down` give what the narrow one gives.
+void test_experts_placed() {
+  const int64_t f = 96;
+  const int64_t d = 256;
+  const int64_t offset = 176;
+  const Loaded gate(ktx::Type::kQ4_K, 2, f, d, true);
+  const Loaded up(ktx::Type::kQ4_K, 2, f, d, true);
+  const Loaded down(ktx::Type::kQ6_K, 2, d, 512, true);
+  for (int64_t tokens : {1, 40}) {
+    const std::vector<float> x = normal(tokens * d);
+    const std::vector<int32_t> ids(static_cast<size_t>(tokens), 1);
+    const std::vector<float> weights(static_cast<size_t>(tokens), 1.0f);
+    std::vector<float> y(static_cast<size_t>(tokens * d), NAN);
+    ktx::experts({*gate.weights, *up.weights, *down.weights, offset, tokens, 1, ids.data(), weights.data(), x.data(),
+                  false, y.data(), false});
+    const auto dot = [&](const Loaded& w, int64_t row) {
+      double sum = 0.0;
+      for (int64_t j = 0; j < d; ++j) sum += w.values[static_cast<size_t>((f + row) * d + j)] * static_cast<double>(x[static_cast<size_t>(j)]);
+      return sum;
+    };
+    std::vector<float> first(y.begin(), y.begin() + d);
+    std::vector<double> expected(static_cast<size_t>(d), 0.0);
+    for (int64_t h = 0; h < f; ++h) {
+      const double g = dot(gate, h);
+      const double hidden = g / (1.0 + std::exp(-g)) * dot(up, h);
+      for (int64_t i = 0; i < d; ++i) {
+        expected[static_cast<size_t>(i)] += hidden * down.values[static_cast<size_t>((d + i) * 512 + offset + h)];
+      }
+    }
+    CHECK(relative_error(first, expected) < 0.03);
   }
 }
 
@@ -241,6 +274,7 @@ int main() {
   ktx::set_threads(3);
   test_matmul();
   test_experts();
+  test_experts_placed();
   test_attention();
   test_embed_and_cache();
   return 0;
