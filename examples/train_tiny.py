@@ -24,7 +24,10 @@ from tiny_tokenizer import train_tokenizer
 
 from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.model.config import config_from_gguf
-from ktx_jax.sharding.load import load_model
+from ktx_jax.sharding.auto import Sizes
+from ktx_jax.sharding.load import Implementations, load_model
+from ktx_jax.sharding.mesh import bind
+from ktx_jax.sharding.run import plan_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
@@ -119,9 +122,11 @@ def file_loss(file: Path, held_out: list[np.ndarray], length: int) -> float:
     """Held-out loss of an exported file, read as any other model is."""
     with open_gguf(file) as gguf:
         config = config_from_gguf(gguf.metadata, gguf.tensors, file=str(file))
-        model = load_model(gguf, config, device=jax.devices()[0], implementation="xla")
-    loss = jax.jit(lambda state, rows: batch_loss(model.graphdef, state, rows))
-    return held_out_loss(loss, model.state, held_out_rows(held_out, length), TOKENS_A_STEP // length)
+        devices = jax.devices()[:1]
+        plan = plan_run(gguf, config, None, devices, Sizes(context=length))
+        [stage] = load_model(gguf, plan, bind(plan, devices), implementations=Implementations("xla", "xla")).stages
+    loss = jax.jit(lambda state, rows: batch_loss(stage.decode.graphdef, state, rows))
+    return held_out_loss(loss, stage.decode.state, held_out_rows(held_out, length), TOKENS_A_STEP // length)
 
 
 def main() -> None:

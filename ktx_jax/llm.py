@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ktx_ffi
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.chat import Message, encode_chat
@@ -29,7 +30,12 @@ from ktx_jax.gguf.architecture import check_architecture
 from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.model.config import Config, config_from_gguf
 from ktx_jax.model.modules import causal_logits
-from ktx_jax.sharding.load import Progress, load_model
+from ktx_jax.sharding.auto import Sizes
+from ktx_jax.sharding.load import Implementations, Progress, load_model, op_of
+from ktx_jax.sharding.mesh import bind
+from ktx_jax.sharding.plan import Plan
+from ktx_jax.sharding.rules import Rules
+from ktx_jax.sharding.run import plan_run
 from ktx_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("ktx_jax")
@@ -81,7 +87,9 @@ class LLM:
       implementation: of the heavy operations: "xla" is exact and runs everywhere, "ffi" is fast on CPUs (activations
         become int8 where weights are quantized). None takes the fast one where it runs.
       override: metadata values laid over the file's, e.g. `{"expert_group_count": 4}`.
-      devices: the device to run on, as a list of one; None for JAX's default.
+      rules: which part lies on which device and how it is cut: a rule file, `Rules`, or "auto", which splits the layers
+        over all devices by their free memory. None for one device.
+      devices: those that `gpu:0`, `gpu:1`, ... stand for; None for all of JAX's default ones.
       chat_template: a Jinja template for `chat`, in place of the file's own.
       cpu_threads: threads that compute on the CPU, for the whole process; None for one a physical core. XLA's own heed
         it if no JAX device has been used yet.
@@ -91,7 +99,8 @@ class LLM:
 
     Raises:
       GGUFError: the file is not a whole, well-formed DeepSeek-V2 model.
-      KtxError: an argument is out of range.
+      RulesError: the rules do not suit the model; everything that is wrong, each with its line.
+      KtxError: an argument is out of range, or the model does not fit on the devices.
     """
 
     def __init__(
@@ -103,6 +112,7 @@ class LLM:
         dtype: str = "bfloat16",
         implementation: str | None = None,
         override: Mapping[str, Any] | None = None,
+        rules: str | os.PathLike[str] | Rules | None = None,
         devices: Sequence[jax.Device] | None = None,
         chat_template: str | None = None,
         cpu_threads: int | None = None,
@@ -113,21 +123,27 @@ class LLM:
         self.dtype = _dtype(dtype)
         if cpu_threads is not None:
             _set_cpu_threads(cpu_threads)
-        self.device = _device(devices)
-        self.implementation = _implementation(implementation, self.device)
+        devices = list(jax.devices() if devices is None else devices)
+        if not devices:
+            raise KtxError("devices should be a list of at least one device")
+        implementations = _implementations(implementation, devices[0])
+        self.implementation = implementations.devices
         use_compilation_cache()
         with open_gguf(path) as gguf:
             check_architecture(gguf)
             self.path = Path(path)
             self.config = config_from_gguf(gguf.metadata, gguf.tensors, override=override, file=str(path))
-            limits = _limits(self.config, context, batch, self.implementation)
+            wanted = Sizes(context, batch, dtype)
+            self.plan = plan_run(gguf, self.config, rules, devices, wanted)
+            limits = _limits(self.plan, implementations)
             self.tokenizer = Tokenizer.from_gguf(gguf)
             self.chat_template: str | None = chat_template or gguf.metadata.get("tokenizer.chat_template")
+            self._devices = devices
             self._model = load_model(
-                gguf, self.config,
-                device=self.device, implementation=self.implementation, repack=repack, progress=progress,
+                gguf, self.plan, bind(self.plan, devices),
+                implementations=implementations, repack=repack, progress=progress,
             )  # fmt: skip
-        steps = Steps(self.config, self._model, limits, dtype=self.dtype, device=self.device)
+        steps = Steps(self.config, self._model, limits, dtype=self.dtype)
         self._engine = Engine(self.config, steps, limits, eos_ids=self.tokenizer.eos_ids)
         self.load_seconds = time.perf_counter() - begun
 
@@ -198,16 +214,25 @@ class LLM:
         jitted, mapped, and differentiated with respect to activations. The parameters are a pytree of arrays; where
         this model runs on the CPU kernels, they are read from the file anew, for XLA.
         """
+        if len(self._model.stages) > 1:
+            raise KtxError("functional() needs a model in one stage: load it with other rules, or none")
         model, dtype = self._model, self.dtype
         if self.implementation != "xla":
             with open_gguf(self.path) as gguf:
-                model = load_model(gguf, self.config, device=self.device, implementation="xla")
-        graphdef = model.graphdef
+                xla = Implementations("xla", "xla")
+                model = load_model(gguf, self.plan, bind(self.plan, self._devices), implementations=xla)
+        [stage] = model.stages
+        graphdef, params = stage.prefill.graphdef, stage.prefill.state
 
         def fn(params: Any, tokens: Int[Array, " T"]) -> Float[Array, "T vocab"]:
             return causal_logits(nnx.merge(graphdef, params), tokens, dtype=dtype)
 
-        return fn, model.state
+        if stage.mesh.size == 1:
+            return fn, params
+        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
+        everywhere = PartitionSpec()
+        inputs = (specs, everywhere)
+        return jax.shard_map(fn, mesh=stage.mesh, in_specs=inputs, out_specs=everywhere, check_vma=False), params
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Chunk]:
         # Queued when the first piece is asked for: a generator that is dropped before then could not take it back.
@@ -246,19 +271,21 @@ def _dtype(name: str) -> Any:
     return _DTYPES[name]
 
 
-def _implementation(name: str | None, device: jax.Device) -> str:
+def _implementations(name: str | None, device: jax.Device) -> Implementations:
+    """What computes on devices like `device`, and on the host beside them."""
     if name is not None and name not in IMPLEMENTATIONS:
         raise KtxError(f"implementation should be one of {', '.join(IMPLEMENTATIONS)}; found {name!r}")
-    if name == "xla" or (name is None and device.platform != "cpu"):
-        return "xla"
-    if device.platform != "cpu":
+    on_cpu = device.platform == "cpu"
+    if name == "ffi" and not on_cpu:
         raise KtxError(f"implementation 'ffi' computes on CPUs; the device is {device}")
+    if name == "xla" and on_cpu:
+        return Implementations("xla", "xla")
     if not ktx_ffi.available():
         if name == "ffi":
             raise KtxError(f"implementation 'ffi' cannot run: {ktx_ffi.why_unavailable()}")
         log.warning("the CPU kernels cannot run, XLA computes in their place: %s", ktx_ffi.why_unavailable())
-        return "xla"
-    return "ffi"
+        return Implementations("xla", "xla")
+    return Implementations("ffi" if on_cpu else "xla", "ffi")
 
 
 def _set_cpu_threads(count: int) -> None:
@@ -269,18 +296,11 @@ def _set_cpu_threads(count: int) -> None:
         ktx_ffi.set_threads(count)
 
 
-def _device(devices: Sequence[jax.Device] | None) -> jax.Device:
-    if devices is None:
-        return jax.devices()[0]
-    if len(devices) != 1:
-        raise KtxError(f"devices should be a list of one device; found {len(devices)}")
-    return devices[0]
-
-
-def _limits(config: Config, context: int, batch: int, implementation: str) -> Limits:
-    if not 1 < context <= config.max_position_embeddings:
-        raise KtxError(f"context should be from 2 to the model's {config.max_position_embeddings}; found {context}")
-    if batch < 1:
-        raise KtxError(f"batch should be at least 1; found {batch}")
+def _limits(plan: Plan, implementations: Implementations) -> Limits:
+    shards = plan.stages[0].data(plan.mesh)
+    batch = -(-plan.batch // shards)
+    prefill = {op_of(p, implementations, decode=False) for p in plan.parameters if p.path.endswith("self_attn.o_proj")}
     # The CPU kernels compute every padded row, and take sequences of any length side by side.
-    return Limits(context, batch, tile=1, growth=2) if implementation == "ffi" else Limits(context, batch)
+    if prefill == {"ffi"}:
+        return Limits(plan.context, batch, tile=1, growth=2, shards=shards)
+    return Limits(plan.context, batch, shards=shards)

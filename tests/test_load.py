@@ -20,7 +20,11 @@ from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.gguf.writer import TensorSource, write_gguf
 from ktx_jax.model.config import config_from_gguf
 from ktx_jax.quantized import QuantizedArray
-from ktx_jax.sharding.load import load_model, parameter_shapes
+from ktx_jax.sharding.auto import Sizes
+from ktx_jax.sharding.load import Implementations, load_model
+from ktx_jax.sharding.mesh import bind
+from ktx_jax.sharding.parameters import parameter_shapes
+from ktx_jax.sharding.run import plan_run
 
 CPU = jax.devices("cpu")[0]
 Tensors = dict[str, TensorSource]
@@ -30,8 +34,10 @@ def load(path: Path, override=None, progress=None) -> dict[str, jax.Array | Quan
     """Parameters by path; the file is closed again by then."""
     with open_gguf(path) as gguf:
         config = config_from_gguf(gguf.metadata, gguf.tensors, override=override)
-        loaded = load_model(gguf, config, device=CPU, implementation="xla", progress=progress)
-    flat = nnx.to_flat_state(loaded.state)
+        plan = plan_run(gguf, config, None, [CPU], Sizes(context=64))
+        xla = Implementations("xla", "xla")
+        [stage] = load_model(gguf, plan, bind(plan, [CPU]), implementations=xla, progress=progress).stages
+    flat = nnx.to_flat_state(stage.decode.state)
     return {".".join(map(str, key[:-1])): leaf.get_value() for key, leaf in flat}
 
 

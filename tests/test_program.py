@@ -12,7 +12,7 @@ from golden_models import LOGITS, golden_llm, relative_error, small_llm
 
 from ktx_jax.engine.requests import Request, SamplingParams
 from ktx_jax.engine.scheduler import Share, Work
-from ktx_jax.engine.step import make_draw, make_run
+from ktx_jax.engine.step import Sample, make_draw, make_run
 
 
 def test_functional_is_exact():
@@ -53,7 +53,9 @@ def compiled_step(llm, *, decode: bool) -> str:
     requests = [Request([5] * 20, SamplingParams(), 10, pages=[i]) for i in range(limits.batch)]
     work = Work(tuple(Share(request, 19 if decode else 0, 20) for request in requests), decode)
     run, last = make_run(work, limits)
-    return llm._engine.steps.lower(run, last, make_draw(work, *last.shape), top=0).compile().as_text()
+    [stage] = llm._engine.steps.stages
+    draw = make_draw(work, *last.shape)
+    return stage.lower(None, run, last, draw, tail=Sample(0), decode=decode).compile().as_text()
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", "u16"), ("float32", "f32")])

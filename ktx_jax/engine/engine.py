@@ -93,7 +93,7 @@ class Engine:
         wanted = [r.params.logprobs for r in requests if r.params.logprobs is not None]
         top = None if not wanted else min(MAX_LOGPROBS, self.config.vocab_size) if any(wanted) else 0
         run, last = make_run(work, self.limits)
-        return self.steps.sample(run, last, make_draw(work, *last.shape), top=top)
+        return self.steps.sample(run, last, make_draw(work, *last.shape), top=top, decode=work.decode)
 
     def _take(self, share: Share, row: tuple[int, int], drawn: Drawn) -> None:
         request, token = share.request, int(drawn.token[row])

@@ -2,87 +2,68 @@
 """The compiled steps: a run of tokens through the model, and the draw of what comes next."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.engine.requests import Request
 from ktx_jax.engine.sampling import Draw, Drawn, sample
 from ktx_jax.engine.scheduler import Limits, Work
-from ktx_jax.model.cache import Cache, Run, new_cache
+from ktx_jax.engine.stage import Stage, Tail
+from ktx_jax.model.cache import Run
 from ktx_jax.model.config import Config
 from ktx_jax.sharding.load import Loaded
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A tail that draws the next token; `top` as in `sampling.sample`."""
+
+    top: int | None
+
+    def __call__(self, logits: Float[Array, "L V"], draw: Draw) -> Drawn:
+        return sample(logits, draw, top=self.top)
+
+
+def whole_logits(logits: Float[Array, "L V"], _: Any) -> Float[Array, "L V"]:
+    """A tail that gives the logits as they are."""
+    return logits
+
+
 class Steps:
-    """The compiled steps of one model, with its parameters and its cache.
+    """The compiled steps of a whole model: its stages, one after another.
 
-    Inputs are NumPy arrays, with a leading axis for the shards of the `data` axis; results are arrays on the device,
-    which may still be computing.
-
-    The parameters go in as their flat leaves: to flatten an NNX state and hash its graph at every call would take
-    milliseconds a token.
+    Inputs are NumPy arrays with a leading axis for the shards of the `data` axis; results are arrays on the devices,
+    which may still be computing. Then a step of the next run may already start in the first stage.
 
     Attributes:
-      depth: how many steps may be in flight at once.
+      depth: how many steps keep all stages busy.
     """
 
-    depth = 1
+    def __init__(self, config: Config, model: Loaded, limits: Limits, *, dtype: Any):
+        self.stages = [Stage(config, stage, limits, dtype=dtype) for stage in model.stages]
+        self.depth = len(self.stages)
 
-    def __init__(self, config: Config, model: Loaded, limits: Limits, *, dtype: Any, device: jax.Device):
-        self._leaves, treedef = jax.tree.flatten(model.state)
-        self._device = device
-        with jax.default_device(device):
-            self._cache = new_cache(config, limits.pages, limits.page, dtype)
-
-        def forward(
-            leaves: list[jax.Array], cache: Cache, run: Run, at: Int[Array, "1 L"]
-        ) -> tuple[Float[Array, "L V"], Cache]:
-            whole = nnx.merge(model.graphdef, jax.tree.unflatten(treedef, leaves))
-            return whole(_only(run), cache, at[0], dtype=dtype)
-
-        def logits(leaves: list[jax.Array], cache: Cache, run: Run, at: Int[Array, "1 L"]) -> tuple[jax.Array, Cache]:
-            out, cache = forward(leaves, cache, run, at)
-            return out[None], cache
-
-        def draw_next(
-            leaves: list[jax.Array], cache: Cache, run: Run, at: Int[Array, "1 L"], draw: Draw, *, top: int | None
-        ) -> tuple[Drawn, Cache]:
-            out, cache = forward(leaves, cache, run, at)
-            return jax.tree.map(lambda a: a[None], sample(out, _only(draw), top=top)), cache
-
-        self._logits = jax.jit(logits, donate_argnames="cache")
-        self._sample = jax.jit(draw_next, donate_argnames="cache", static_argnames="top")
-
-    def sample(self, run: Run, at: Int[np.ndarray, "S L"], draw: Draw, *, top: int | None) -> Drawn:
+    def sample(self, run: Run, at: Int[np.ndarray, "S L"], draw: Draw, *, top: int | None, decode: bool) -> Drawn:
         """Adds the run to the cache, draws the token after each of its tokens `at`; `top` as in `sampling.sample`."""
-        with jax.default_device(self._device):
-            drawn, self._cache = self._sample(self._leaves, self._cache, run, at, draw, top=top)
-        return drawn
+        return self._through(run, at, draw, Sample(top), decode)
 
-    def lower(self, run: Run, at: Int[np.ndarray, "S L"], draw: Draw, *, top: int | None) -> jax.stages.Lowered:
-        """What `sample` would run, lowered."""
-        with jax.default_device(self._device):
-            return self._sample.lower(self._leaves, self._cache, run, at, draw, top=top)
+    def logits(self, run: Run, at: Int[np.ndarray, "S L"], *, decode: bool = False) -> Float[Array, "S L V"]:
+        """Adds the run to the cache; float32 logits of its tokens `at`."""
+        return self._through(run, at, None, whole_logits, decode)
 
     @property
     def compiled(self) -> int:
-        """How many programs there are so far: one for each length of a step."""
-        return self._logits._cache_size() + self._sample._cache_size()
+        """How many programs there are so far: one for each stage and length of a step."""
+        return sum(stage.program._cache_size() for stage in self.stages)
 
-    def logits(self, run: Run, at: Int[np.ndarray, "S L"]) -> Float[Array, "S L V"]:
-        """Adds the run to the cache; float32 logits of its tokens `at`."""
-        with jax.default_device(self._device):
-            out, self._cache = self._logits(self._leaves, self._cache, run, at)
-        return out
-
-
-def _only(tree: Any) -> Any:
-    """The one shard of arrays with a leading shard axis."""
-    return jax.tree.map(lambda a: a[0], tree)
+    def _through(self, run: Run, at: np.ndarray, extra: Any, tail: Tail, decode: bool) -> Any:
+        x = None
+        for stage in self.stages:
+            x = stage(x, run, at, extra, tail=tail, decode=decode)
+        return x
 
 
 def make_run(work: Work, limits: Limits) -> tuple[Run, Int[np.ndarray, "S L"]]:

@@ -31,12 +31,15 @@ class Run:
     tile: int = field(metadata={"static": True})
 
 
-def new_cache(config: Config, pages: int, page: int, dtype: jax.typing.DTypeLike) -> Cache:
-    """An empty cache. bfloat16 is kept as its bits (uint16): XLA's CPU backend would convert a bfloat16 cache to
-    float32 and back at every write."""
+def new_cache(config: Config, layers: int, pages: int, page: int, dtype: jax.typing.DTypeLike) -> Cache:
+    """An empty cache of `layers` layers.
+
+    bfloat16 is kept as its bits (uint16): XLA's CPU backend would convert a bfloat16 cache to float32 and back at
+    every write.
+    """
     kept = jnp.uint16 if dtype == jnp.bfloat16 else dtype
     shape = (pages, page, config.latent_dim)
-    return tuple(jnp.zeros(shape, kept) for _ in range(config.num_hidden_layers))
+    return tuple(jnp.zeros(shape, kept) for _ in range(layers))
 
 
 def write(pages: jax.Array, rows: Float[Array, "T R_P"], run: Run, *, implementation: str = "xla") -> jax.Array:

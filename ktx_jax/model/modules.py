@@ -3,9 +3,13 @@
 
 Letters: T tokens, D model, H heads, R latent rank, N nope, P rope, V value, E experts, F expert width, k top-k.
 Each module that has a parameter has just one, `weight`; its path without `.weight` is the name rules and plans use.
+
+On a mesh, everything here runs inside `jax.shard_map`: a weight is this device's part of it, cut as the module's `cut`
+says, and activations between modules are whole. Where they are cut inside one, comments give the axes.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +20,86 @@ from ktx_jax import ops
 from ktx_jax.model.cache import Cache, Run, write
 from ktx_jax.model.config import Config
 from ktx_jax.model.rope import cos_sin, rotate
+from ktx_jax.ops.parallel import Axes, add_up, first_index, into_blocks, offset_in_block, out_of_blocks, part_of, recut
 
 _INIT_STD = 0.02
 
 
-class Linear(nnx.Module):
-    """A weight whose last axis is the input dimension: `[out, in]`, or a stack of such."""
+class Cut(nnx.Module):
+    """A module with one weight, which a mesh may cut.
+
+    Attributes:
+      cut: for each dimension of the weight the mesh axes that cut it; set when the model is loaded.
+    """
+
+    cut: tuple[Axes, ...]
+
+    def __init__(self, weight: jax.Array):
+        self.weight = nnx.Param(weight)
+        self.cut = ((),) * weight.ndim
+
+
+class Linear(Cut):
+    """A weight `[out, in]`, or a stack of such."""
 
     def __init__(self, *shape: int, rngs: nnx.Rngs):
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), shape) * _INIT_STD)
+        super().__init__(jax.random.normal(rngs.params(), shape) * _INIT_STD)
 
-    def __call__(self, x: Float[Array, "T K"], *, precise: bool = False) -> Float[Array, "T N"]:
-        return ops.matmul(x, self.weight.get_value(), precise=precise)
+    def __call__(
+        self, x: Float[Array, "T K"], have: Axes = (), want: Axes = (), *, dtype: Any = None, precise: bool = False
+    ) -> Float[Array, "T N"]:
+        """x · weightᵀ; `have` and `want` are the cuts of the last dimensions of x and of the result."""
+        y = add_up(self.partial(x, have, dtype=dtype, precise=precise), self.cut[1])
+        return recut(y, self.cut[0], want)
+
+    def partial(self, x: jax.Array, have: Axes = (), *, dtype: Any = None, precise: bool = False) -> jax.Array:
+        """What this device adds to the product: to be summed over `cut[1]`, its last dimension cut over `cut[0]`."""
+        weight, axes = self.weight.get_value(), self.cut[1]
+        x = recut(x, have, axes)
+        x = into_blocks(x, weight.shape[1], offset_in_block(x.shape[-1], ops.block_size(weight), axes))
+        return ops.matmul(x, weight, dtype=dtype, precise=precise)
 
 
-class RMSNorm(nnx.Module):
+class HeadLinear(Cut):
+    """A weight `[H, out, in]`, or `[H, in, out]` where `transposed`; only heads are cut."""
+
+    def __init__(self, heads: int, out: int, size: int, *, transposed: bool = False, rngs: nnx.Rngs):
+        shape = (heads, size, out) if transposed else (heads, out, size)
+        super().__init__(jax.random.normal(rngs.params(), shape) * _INIT_STD)
+        self.transposed = transposed
+
+    def __call__(self, x: Float[Array, "T H K"]) -> Float[Array, "T H N"]:
+        return ops.head_matmul(x, self.weight.get_value(), transposed=self.transposed, precise=True)
+
+
+class RMSNorm(Cut):
     def __init__(self, size: int, eps: float):
-        self.weight = nnx.Param(jnp.ones(size))
+        super().__init__(jnp.ones(size))
         self.eps = eps
         self.implementation = "xla"
 
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        return ops.rms_norm(x, self.weight.get_value(), self.eps, implementation=self.implementation)
+        weight = recut(self.weight.get_value(), self.cut[0], ())
+        return ops.rms_norm(x, weight, self.eps, implementation=self.implementation)
 
 
-class Embedding(nnx.Module):
+class Embedding(Linear):
+    """The embedding `[V, D]`, and where there is no other, the head."""
+
     def __init__(self, vocab: int, size: int, rngs: nnx.Rngs):
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (vocab, size)) * _INIT_STD)
+        super().__init__(vocab, size, rngs=rngs)
+        self.size = size
 
-    def __call__(self, tokens: Int[Array, " T"], dtype: Any) -> Float[Array, "T D"]:
-        return ops.embedding_rows(self.weight.get_value(), tokens, dtype)
+    def rows(self, tokens: Int[Array, " T"], dtype: Any) -> Float[Array, "T D"]:
+        """The rows of `tokens`; a device looks up those that it has."""
+        weight, (by_row, by_value) = self.weight.get_value(), self.cut
+        count, part = weight.shape[0], part_of(self.size, by_value)
+        at = tokens - first_index(count, by_row)
+        found = ops.embedding_rows(weight, jnp.clip(at, 0, count - 1), dtype)
+        if by_row:
+            found = add_up(jnp.where(((at >= 0) & (at < count))[:, None], found, 0), by_row)
+        found = out_of_blocks(found, part, offset_in_block(part, ops.block_size(weight), by_value))
+        return recut(found, by_value, ())
 
 
 class Attention(nnx.Module):
@@ -67,23 +121,25 @@ class Attention(nnx.Module):
             self.q_b_proj = Linear(queries, c.q_lora_rank, rngs=rngs)
         self.kv_a_proj_with_mqa = Linear(c.latent_dim, c.hidden_size, rngs=rngs)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
-        k_b = (c.kv_lora_rank, c.qk_nope_head_dim)
-        self.k_b_proj = Linear(c.num_attention_heads, *(k_b if c.k_b_transposed else k_b[::-1]), rngs=rngs)
-        self.v_b_proj = Linear(c.num_attention_heads, c.v_head_dim, c.kv_lora_rank, rngs=rngs)
+        self.k_b_proj = HeadLinear(
+            c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, transposed=not c.k_b_transposed, rngs=rngs
+        )
+        self.v_b_proj = HeadLinear(c.num_attention_heads, c.v_head_dim, c.kv_lora_rank, rngs=rngs)
         self.o_proj = Linear(c.hidden_size, c.num_attention_heads * c.v_head_dim, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "T D"], pages: jax.Array, run: Run, cos: jax.Array, sin: jax.Array
     ) -> tuple[Float[Array, "T D"], jax.Array]:
-        c = self.config
+        c, tokens, heads = self.config, x.shape[0], self.k_b_proj.cut[0]
         with jax.named_scope("query"):
-            q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-            q = q.reshape(-1, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
+            if c.q_lora_rank is None:
+                q = self.q_proj(x, want=heads)
+            else:
+                q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)), want=heads)
+            q = q.reshape(tokens, -1, c.qk_head_dim)  # [T, H, N + P], H cut over `heads`
             q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
             q_rope = rotate(q_rope, cos, sin)
-            q_latent = ops.head_matmul(
-                q_nope, self.k_b_proj.weight.get_value(), transposed=not c.k_b_transposed, precise=True
-            )
+            q_latent = self.k_b_proj(q_nope)
         with jax.named_scope("latent"):
             latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x, precise=True), [c.kv_lora_rank], axis=-1)
             row = jnp.concatenate([self.kv_a_layernorm(latent), rotate(k_rope, cos, sin)], axis=-1)  # [T, R + P]
@@ -93,8 +149,26 @@ class Attention(nnx.Module):
                 q_latent, q_rope, pages, run.block_table, run.sequence, run.positions,
                 scale=c.softmax_scale, tile=run.tile, implementation=self.implementation,
             )  # fmt: skip
-            values = ops.head_matmul(mixed, self.v_b_proj.weight.get_value(), precise=True)  # [T, H, V]
-        return self.o_proj(values.reshape(x.shape[0], -1)), pages
+            by_value = self.v_b_proj.cut[0]
+            mixed = recut(mixed.reshape(tokens, -1), heads, by_value).reshape(tokens, -1, c.kv_lora_rank)
+            values = self.v_b_proj(mixed)  # [T, H, V], H cut over `by_value`
+        return self.o_proj(values.reshape(tokens, -1), have=by_value), pages
+
+
+class Sum(NamedTuple):
+    """A value that is whole once it is summed over mesh axes."""
+
+    value: jax.Array
+    axes: Axes
+
+
+def _total(*sums: Sum) -> jax.Array:
+    """The sum of all, with one exchange for those over the same axes."""
+    by_axes: dict[Axes, jax.Array] = {}
+    for value, axes in sums:
+        by_axes[axes] = by_axes[axes] + value if axes in by_axes else value
+    first, *others = (add_up(value, axes) for axes, value in by_axes.items())
+    return sum(others, first)
 
 
 class MLP(nnx.Module):
@@ -104,8 +178,14 @@ class MLP(nnx.Module):
         self.down_proj = Linear(size, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        weights = (m.weight.get_value() for m in (self.gate_proj, self.up_proj, self.down_proj))
-        return ops.swiglu(x, *weights)
+        return _total(self.partial(x))
+
+    def partial(self, x: Float[Array, "T D"]) -> Sum:
+        """What this device adds; a plan cuts gate and up by rows, down alike by its inputs, or none of them."""
+        gate, up, down = (m.weight.get_value() for m in (self.gate_proj, self.up_proj, self.down_proj))
+        axes = self.down_proj.cut[1]
+        offset = offset_in_block(gate.shape[0], ops.block_size(down), axes)
+        return Sum(ops.swiglu(x, gate, up, down, offset=offset), axes)
 
 
 class Experts(nnx.Module):
@@ -117,22 +197,26 @@ class Experts(nnx.Module):
         self.up_proj = Linear(count, width, size, rngs=rngs)
         self.down_proj = Linear(count, size, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        stacks = (m.weight.get_value() for m in (self.gate_proj, self.up_proj, self.down_proj))
-        return ops.experts(x, ids, weights, *stacks)
+    def partial(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> Sum:
+        """What this device's experts, or its part of their widths, add; an id that it has not adds nothing."""
+        gate, up, down = (m.weight.get_value() for m in (self.gate_proj, self.up_proj, self.down_proj))
+        by_expert, _, by_width = self.down_proj.cut
+        local = jnp.where(ids < 0, -1, ids - first_index(gate.shape[0], by_expert))
+        offset = offset_in_block(gate.shape[1], ops.block_size(down), by_width)
+        return Sum(ops.experts(x, local, weights, gate, up, down, offset=offset), by_expert + by_width)
 
 
-class Router(nnx.Module):
+class Router(Linear):
     """Group-limited greedy top-k over the float32 softmax of all experts (section 2.2.2; group score: its best)."""
 
     def __init__(self, c: Config, rngs: nnx.Rngs):
+        super().__init__(c.n_routed_experts, c.hidden_size, rngs=rngs)
         self.config = c
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (c.n_routed_experts, c.hidden_size)) * _INIT_STD)
 
     def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        return jax.nn.softmax(ops.matmul(x.astype(jnp.float32), self.weight.get_value()), axis=-1)
+        return jax.nn.softmax(self(x.astype(jnp.float32)), axis=-1)
 
-    def __call__(self, x: Float[Array, "T D"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+    def route(self, x: Float[Array, "T D"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         c, scores = self.config, self.scores(x)
         tokens, experts = scores.shape
         kept = scores
@@ -156,11 +240,13 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], live: jax.Array) -> Float[Array, "T D"]:
         with jax.named_scope("route"):
-            ids, weights = self.gate(x)
+            ids, weights = self.gate.route(x)
             ids = jnp.where(live[:, None], ids, -1)
         with jax.named_scope("experts"):
-            out = self.experts(x, ids, weights)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+            parts = [self.experts.partial(x, ids, weights)]
+            if self.shared_experts is not None:
+                parts.append(self.shared_experts.partial(x))
+            return _total(*parts)
 
 
 class DecoderLayer(nnx.Module):
@@ -187,43 +273,80 @@ def _layer(graphdef: Any, state: Any, x: jax.Array, *rest: Any) -> tuple[jax.Arr
 
 
 class DeepseekV2Model(nnx.Module):
-    def __init__(self, c: Config, rngs: nnx.Rngs):
+    def __init__(self, c: Config, has: Callable[[str], bool], rngs: nnx.Rngs):
         self.config = c
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, rngs)
-        self.layers = nnx.List(DecoderLayer(c, i, rngs) for i in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, rngs) if has("model.embed_tokens") else None
+        self.layers = nnx.List(
+            DecoderLayer(c, i, rngs) if has(f"model.layers.{i}") else None for i in range(c.num_hidden_layers)
+        )
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps) if has("model.norm") else None
 
-    def __call__(self, run: Run, cache: Cache, dtype: Any) -> tuple[Float[Array, "T D"], Cache]:
-        x = self.embed_tokens(run.tokens, dtype)
+    def __call__(self, run: Run, cache: Cache, x: jax.Array | None, dtype: Any) -> tuple[Float[Array, "T D"], Cache]:
+        x = self._embedded(run, x, dtype)
         cos, sin = cos_sin(self.config, run.positions)
         pages = []
         for i, layer in enumerate(self.layers):
-            with jax.named_scope(f"layers.{i}"):
-                x, layer_pages = _layer(*nnx.split(layer), x, cache[i], run, cos, sin)
-            pages.append(layer_pages)
+            if layer is not None:
+                with jax.named_scope(f"layers.{i}"):
+                    x, layer_pages = _layer(*nnx.split(layer), x, cache[len(pages)], run, cos, sin)
+                pages.append(layer_pages)
         return x, tuple(pages)
+
+    def _embedded(self, run: Run, x: jax.Array | None, dtype: Any) -> jax.Array:
+        if x is not None:
+            return x
+        if self.embed_tokens is None:
+            raise ValueError("a part of a model without the embedding needs x")
+        return self.embed_tokens.rows(run.tokens, dtype)
 
 
 class DeepseekV2ForCausalLM(nnx.Module):
-    """The whole model. Parameters are float32 arrays as made here, and `QuantizedArray`s once loaded from a file."""
+    """The whole model, or the part of it that one stage computes.
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    Parameters are float32 arrays as made here, and `QuantizedArray`s or `HostArray`s once loaded from a file.
+
+    Args:
+      has: whether the part has a module, by its path: a layer, or what is outside the layers. None for all of them.
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, has: Callable[[str], bool] | None = None):
+        has = has or (lambda path: True)
         self.config = config
-        self.model = DeepseekV2Model(config, rngs)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.model = DeepseekV2Model(config, has, rngs)
+        own_head = not config.tie_word_embeddings and has("lm_head")
+        self.lm_head = Linear(config.vocab_size, config.hidden_size, rngs=rngs) if own_head else None
 
     def __call__(
-        self, run: Run, cache: Cache, logits_at: Int[Array, " L"], *, dtype: Any = jnp.float32
-    ) -> tuple[Float[Array, "L vocab"], Cache]:
-        """Adds the run to the cache; float32 logits of the run's tokens `logits_at`."""
-        x, cache = self.model(run, cache, dtype)
-        return self.head(x[logits_at]), cache
+        self, run: Run, cache: Cache, logits_at: Int[Array, " L"], x: jax.Array | None = None, *, dtype: Any
+    ) -> tuple[jax.Array, Cache]:
+        """Adds the run to the cache, which has an array for each layer that is here.
 
-    def head(self, x: Float[Array, "L D"]) -> Float[Array, "L vocab"]:
+        Args:
+          x: what the part before this one computed, None for the first.
+
+        Returns:
+          float32 logits [L, V] of the run's tokens `logits_at`; from a part without the head, what the next one needs.
+        """
+        x, cache = self.model(run, cache, x, dtype)
+        return self.head(x, logits_at), cache
+
+    @property
+    def ends(self) -> bool:
+        """Whether the head is here."""
+        return self._head is not None
+
+    @property
+    def _head(self) -> Linear | None:
+        tied = self.config.tie_word_embeddings and self.model.norm is not None
+        return self.model.embed_tokens if tied else self.lm_head
+
+    def head(self, x: Float[Array, "T D"], at: Int[Array, " L"]) -> jax.Array:
+        """The last norm and the head, as far as they are here."""
         with jax.named_scope("lm_head"):
-            weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight.get_value()
-            return ops.matmul(self.model.norm(x), weight, dtype=jnp.float32)
+            if self.model.norm is not None:
+                x = self.model.norm(x[at])
+            head = self._head
+            return x if head is None else head(x, dtype=jnp.float32)
 
 
 def causal_logits(

@@ -3,11 +3,12 @@
 
 from ktx_jax.ops.attention import latent_values, mla_attention
 from ktx_jax.ops.experts import experts, swiglu
-from ktx_jax.ops.matmul import Weight, embedding_rows, head_matmul, matmul
+from ktx_jax.ops.matmul import Weight, block_size, embedding_rows, head_matmul, matmul
 from ktx_jax.ops.norm import rms_norm
 
 __all__ = [
     "Weight",
+    "block_size",
     "embedding_rows",
     "experts",
     "head_matmul",

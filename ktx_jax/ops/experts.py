@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated MLPs: one, and a routed stack of them (DeepSeekMoE, arXiv:2401.06066)."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,25 @@ import ktx_ffi
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.ops.matmul import Weight, matmul
+from ktx_jax.ops.parallel import into_blocks
 from ktx_jax.ops.tiles import map_tiles
 from ktx_jax.quantized import HostArray, QuantizedArray
 
+Offset: TypeAlias = Int[Array, ""] | int
 
-def swiglu(x: Float[Array, "T D"], gate: Weight, up: Weight, down: Weight) -> Float[Array, "T D"]:
-    """down · (silu(gate · x) * (up · x)), for weights `[F, D]`, `[F, D]` and `[D, F]`."""
+
+def swiglu(
+    x: Float[Array, "T D"], gate: Weight, up: Weight, down: Weight, *, offset: Offset = 0
+) -> Float[Array, "T D"]:
+    """down · (silu(gate · x) * (up · x)), for weights `[F, D]`, `[F, D]` and `[D, F]`.
+
+    `down` may be wider than F where it has been cut inside a block: the F values then lie at `offset` in its inputs.
+    """
     if isinstance(gate, HostArray) and isinstance(up, HostArray) and isinstance(down, HostArray):
-        return ktx_ffi.mlp(x, gate.handles, up.handles, down.handles)
-    return matmul(jax.nn.silu(matmul(x, gate)) * matmul(x, up), down)
+        handles = (gate.handles, up.handles, down.handles)
+        return ktx_ffi.mlp(x, *handles, offset=None if down.shape[1] == gate.shape[0] else offset)
+    hidden = jax.nn.silu(matmul(x, gate)) * matmul(x, up)
+    return matmul(into_blocks(hidden, down.shape[1], offset), down)
 
 
 class _Tiles(NamedTuple):
@@ -64,6 +74,8 @@ def experts(
     gate: Weight,
     up: Weight,
     down: Weight,
+    *,
+    offset: Offset = 0,
 ) -> Float[Array, "T D"]:
     """Sum over each token's k experts of weight times that expert's gated MLP.
 
@@ -72,9 +84,13 @@ def experts(
 
     Args:
       gate, up: `[E, F, D]`; down: `[E, D, F]`. Dense ones (as in training) go through every expert at once.
+      offset: as in `swiglu`.
     """
     if isinstance(gate, HostArray) and isinstance(up, HostArray) and isinstance(down, HostArray):
-        return ktx_ffi.experts(x, ids, weights, gate.handles, up.handles, down.handles)
+        handles = (gate.handles, up.handles, down.handles)
+        return ktx_ffi.experts(
+            x, ids, weights, *handles, offset=None if down.shape[2] == gate.shape[1] else offset
+        )  # fmt: skip
     if isinstance(gate, jax.Array) and isinstance(up, jax.Array) and isinstance(down, jax.Array):
         return _all_experts(x, ids, weights, gate, up, down)
     tiles = _tiles(ids, gate.shape[0])
@@ -84,7 +100,7 @@ def experts(
     def one_tile(expert: jax.Array, pair: jax.Array) -> jax.Array:
         # An unfilled row reads a token that is there; `place` never points at what it gives.
         rows = x[jnp.minimum(pair // k, tokens - 1)]
-        return swiglu(rows, _expert(gate, expert), _expert(up, expert), _expert(down, expert))
+        return swiglu(rows, _expert(gate, expert), _expert(up, expert), _expert(down, expert), offset=offset)
 
     def step(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
         expert, pair = tile

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import ktx_ffi
+from gguf import GGML_QUANT_SIZES
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.ops.tiles import map_tiles
@@ -19,6 +20,11 @@ Weight: TypeAlias = Float[Array, "..."] | QuantizedArray | HostArray
 # A dequantized tile is at most this many values: it stays in the CPU's last-level cache, and the exact path's
 # temporaries stay far below the model's size.
 _TILE_VALUES = 1 << 20
+
+
+def block_size(w: Weight) -> int:
+    """Values of the input dimension that the weight's format keeps together."""
+    return 1 if isinstance(w, jax.Array) else GGML_QUANT_SIZES[w.ggml_type][0]
 
 
 def embedding_rows(w: Weight, ids: Int[Array, " T"], dtype: Any) -> Float[Array, "T D"]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fills the model's parameters from a GGUF file, one tensor at a time."""
+"""Fills the parameters of every stage of a plan from a GGUF file: each device gets its part, straight from the map."""
 
-import dataclasses
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,17 @@ import ktx_ffi
 import numpy as np
 from flax import nnx
 from gguf import GGMLQuantizationType, quants
+from jax.sharding import Mesh
 
 from ktx_jax.gguf.blocks import NATIVE_TYPES
 from ktx_jax.gguf.convert import to_q8_0
 from ktx_jax.gguf.reader import GGUF
-from ktx_jax.model.config import Config
-from ktx_jax.model.modules import Attention, DeepseekV2ForCausalLM, RMSNorm
-from ktx_jax.quantized import HostArray, QuantizedArray
+from ktx_jax.model.modules import Attention, Cut, DeepseekV2ForCausalLM, HeadLinear, RMSNorm
+from ktx_jax.sharding.devices import HOST
+from ktx_jax.sharding.granules import piece
+from ktx_jax.sharding.layout import Layout, grid, layout_of
+from ktx_jax.sharding.mesh import Binding, stage_mesh
+from ktx_jax.sharding.plan import PlacedParameter, Plan
 from ktx_jax.sharding.sources import Source, find_source, unused_tensors
 
 log = logging.getLogger("ktx_jax")
@@ -27,114 +32,245 @@ Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 _ALIGNMENT = 64  # at which a CPU `jax.Array` takes host memory as it is
+_READERS = 4  # parameters read at once; each holds at most one piece beyond the map
 
 
-def abstract_model(config: Config) -> DeepseekV2ForCausalLM:
-    """The model with shapes in place of values."""
-    return nnx.eval_shape(lambda: DeepseekV2ForCausalLM(config, rngs=nnx.Rngs(0)))
+@dataclass(frozen=True)
+class Implementations:
+    """Of the operations that rules leave open: on a stage's devices, and on the host beside it."""
+
+    devices: str
+    host: str
 
 
-def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every parameter's module path and logical shape."""
-    state = nnx.state(abstract_model(config), nnx.Param)
-    return {_path(key): tuple(leaf.get_value().shape) for key, leaf in nnx.to_flat_state(state)}
+@dataclass(frozen=True)
+class Part:
+    """What one stage computes with, for prefill or for decode: an NNX graph definition and its state."""
+
+    graphdef: Any
+    state: Any
+
+
+@dataclass(frozen=True)
+class LoadedStage:
+    """A stage's devices, its layers, and its parameters in the form that each kind of step computes with."""
+
+    mesh: Mesh
+    layers: tuple[int, ...]
+    prefill: Part
+    decode: Part
+
+    def part(self, *, decode: bool) -> Part:
+        return self.decode if decode else self.prefill
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model's stages, and the host memory behind its handles, to be kept as long."""
+
+    stages: tuple[LoadedStage, ...]
+    host_weights: tuple[ktx_ffi.Weights, ...]
+
+
+Leaves = dict[tuple[str, str], Any]
+"""What the modules hold, by path and implementation."""
+
+
+def load_model(
+    gguf: GGUF,
+    plan: Plan,
+    bound: Binding,
+    *,
+    implementations: Implementations,
+    repack: bool = True,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Reads every parameter: quantized weights as their blocks, norms and routers as float32, onto the plan's devices.
+
+    For "xla" each piece is copied once, from the mapped file to the memory its array lives in. For "ffi" it is
+    repacked once into the CPU kernels' layout; without `repack` the kernels read the mapped file itself.
+
+    Args:
+      implementations: of the operations that the rules leave open.
+
+    Raises:
+      GGUFError: a tensor is missing or misshapen; nothing has been read then.
+    """
+    sources = {p.path: find_source(gguf, plan.config, p.path, p.shape) for p in plan.parameters}
+    _report_unused(gguf, plan, list(sources.values()))
+    meshes = [stage_mesh(plan, index, bound) for index in range(len(plan.stages))]
+    layouts = {
+        (p.path, op): layout_of(p, meshes[p.stage], op, k_b_transposed=plan.config.k_b_transposed)
+        for p in plan.parameters
+        for op in {op_of(p, implementations, decode=decode) for decode in (False, True)}
+    }
+    reader = _Reader(gguf, repack)
+    order = sorted(layouts, key=lambda key: _place(gguf, sources[key[0]]))
+    leaves = _read(reader, [(key, layouts[key], sources[key[0]]) for key in order], progress)
+    reader.report()
+    stages = tuple(stage_of(plan, index, mesh, implementations, leaves) for index, mesh in enumerate(meshes))
+    return Loaded(stages, tuple(reader.host_weights))
+
+
+def abstract_stage(plan: Plan, index: int, mesh: Mesh, implementations: Implementations) -> LoadedStage:
+    """A stage with shapes and shardings in place of values: what it would be if it were loaded onto `mesh`."""
+    leaves = {}
+    for p in plan.parameters:
+        if p.stage == index:
+            for decode in (False, True):
+                op = op_of(p, implementations, decode=decode)
+                layout = layout_of(p, mesh, op, k_b_transposed=plan.config.k_b_transposed)
+                leaves[p.path, op] = layout.abstract()
+    return stage_of(plan, index, mesh, implementations, leaves)
+
+
+def op_of(parameter: PlacedParameter, implementations: Implementations, *, decode: bool) -> str:
+    """The implementation that computes with a parameter: the rules', or the run's."""
+    default = implementations.host if parameter.devices == (HOST,) else implementations.devices
+    return (parameter.ops.decode if decode else parameter.ops.prefill) or default
+
+
+def stage_of(plan: Plan, index: int, mesh: Mesh, implementations: Implementations, leaves: Leaves) -> LoadedStage:
+    """The modules of a stage around its parameters."""
+    stage = plan.stages[index]
+    mine = [p for p in plan.parameters if p.stage == index]
+    layers = {f"model.layers.{layer}" for layer in stage.layers}
+    ops = [{p.path: op_of(p, implementations, decode=decode) for p in mine} for decode in (False, True)]
+
+    def part(op: dict[str, str]) -> Part:
+        model = nnx.eval_shape(
+            lambda: DeepseekV2ForCausalLM(
+                plan.config, rngs=nnx.Rngs(0), has=lambda path: path in layers or path in stage.others
+            )
+        )
+        _prepare(model, {p.path: p for p in mine}, op)
+        graphdef, state = nnx.split(model)
+        filled = [(key, leaf.replace(leaves[_path(key), op[_path(key)]])) for key, leaf in nnx.to_flat_state(state)]
+        return Part(graphdef, nnx.from_flat_state(filled))
+
+    prefill = part(ops[0])
+    return LoadedStage(mesh, stage.layers, prefill, prefill if ops[0] == ops[1] else part(ops[1]))
 
 
 def _path(key: tuple[Any, ...]) -> str:
     return ".".join(map(str, key[:-1]))
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model's NNX graph definition and state, and the host memory behind its handles, to be kept as long."""
-
-    graphdef: Any
-    state: Any
-    host_weights: tuple[ktx_ffi.Weights, ...]
-
-
-def load_model(
-    gguf: GGUF,
-    config: Config,
-    *,
-    device: jax.Device,
-    implementation: str,
-    repack: bool = True,
-    progress: Progress | None = None,
-) -> Loaded:
-    """Reads every parameter: quantized weights as their blocks, norms and routers as float32, onto `device`.
-
-    For "xla" each tensor is copied once, from the mapped file to the memory its array lives in. For "ffi" it is
-    repacked once into the CPU kernels' layout; without `repack` the kernels read the mapped file itself.
-
-    Raises:
-      GGUFError: a tensor is missing or misshapen; nothing has been read then.
-    """
-    ffi = implementation == "ffi"
-    shapes = parameter_shapes(config)
-    sources = [find_source(gguf, config, path, shape) for path, shape in shapes.items()]
-    _report(gguf, config, sources)
-    reader = _Reader(config, device, ffi, repack)
-    values: dict[str, Any] = {}
-    total, done = sum(source.blocks.nbytes for source in sources), 0
-    for source in sorted(sources, key=lambda s: (gguf.tensors[s.tensor].file, gguf.tensors[s.tensor].offset)):
-        values[source.path] = reader.value(source)
-        if repack:
-            gguf.release(source.tensor)
-        done += source.blocks.nbytes
-        if progress is not None:
-            progress(done, total)
-    reader.report()
-    # The CPU kernels read k_b by rows of the latent, as new files hold it: see `_Reader.value`.
-    model = abstract_model(dataclasses.replace(config, k_b_transposed=True) if ffi else config)
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Attention | RMSNorm):
-            module.implementation = implementation
-    graphdef, state = nnx.split(model)
-    filled = [(key, leaf.replace(values[_path(key)])) for key, leaf in nnx.to_flat_state(state)]
-    return Loaded(graphdef, nnx.from_flat_state(filled), tuple(reader.host_weights))
+def _prepare(model: DeepseekV2ForCausalLM, parameters: dict[str, PlacedParameter], op: dict[str, str]) -> None:
+    """Tells each module how its weight is cut and what computes with it."""
+    for key, module in nnx.iter_modules(model):
+        path = ".".join(map(str, key))
+        if isinstance(module, Attention):
+            module.implementation = op[f"{path}.o_proj"]
+        if isinstance(module, Cut):
+            module.cut = parameters[path].spec
+        if isinstance(module, RMSNorm):
+            module.implementation = op[path]
+        if isinstance(module, HeadLinear) and op[path] == "ffi":
+            module.transposed = False  # see `layout_of`
 
 
-def _report(gguf: GGUF, config: Config, sources: list[Source]) -> None:
-    if unused := unused_tensors(gguf, {source.tensor for source in sources}, config):
+def _place(gguf: GGUF, source: Source) -> tuple[str, int]:
+    info = gguf.tensors[source.tensor]
+    return str(info.file), info.offset
+
+
+def _report_unused(gguf: GGUF, plan: Plan, sources: list[Source]) -> None:
+    if unused := unused_tensors(gguf, {source.tensor for source in sources}, plan.config):
         log.warning("%s: %d tensors are not part of the model and are not read: %s",
                     gguf.path, len(unused), ", ".join(unused[:8]) + (", ..." if len(unused) > 8 else ""))  # fmt: skip
 
 
-class _Reader:
-    """Turns blocks of the file into the leaves that the chosen implementation computes with."""
+def _read(reader: "_Reader", items: list[tuple[Any, Layout, Source]], progress: Progress | None) -> Leaves:
+    """Reads all, several at once."""
+    total, done, lock = sum(source.blocks.nbytes for _, _, source in items), 0, threading.Lock()
 
-    def __init__(self, config: Config, device: jax.Device, ffi: bool, repack: bool):
-        self._config, self._device, self._ffi, self._repack = config, device, ffi, repack
-        self._errors: dict[str, list[float]] = {}
+    def read(item: tuple[Any, Layout, Source]) -> Any:
+        nonlocal done
+        _, layout, source = item
+        leaf = reader.read(layout, source)
+        with lock:
+            done += source.blocks.nbytes
+            if progress is not None:
+                progress(done, total)
+        return leaf
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip((key for key, _, _ in items), pool.map(read, items), strict=True))
+
+
+class _Reader:
+    """Turns blocks of the file into the arrays of a layout."""
+
+    def __init__(self, gguf: GGUF, repack: bool):
+        self._gguf, self._repack = gguf, repack
+        self._lock = threading.Lock()  # the CPU kernels' repacking is parallel in itself
+        self._errors: dict[str, dict[str, float]] = {}
         self.host_weights: list[ktx_ffi.Weights] = []
 
-    def value(self, source: Source) -> jax.Array | QuantizedArray | HostArray:
+    def read(self, layout: Layout, source: Source) -> Any:
+        blocks = self._blocks(layout, source)
+        leaf = self._handles(layout, blocks) if layout.form == "host" else self._arrays(layout, blocks)
+        if self._repack or layout.form != "host":
+            self._gguf.release(source.tensor)
+        return leaf
+
+    def _blocks(self, layout: Layout, source: Source) -> np.ndarray:
+        """The whole parameter as its layout has it, before it is cut: a view of the map wherever that is possible."""
         blocks, kind = source.blocks, source.ggml_type
-        if len(source.shape) == 1 or (source.path.endswith(".mlp.gate") and not self._ffi):
-            return jax.device_put(_dense(blocks, kind), self._device)
+        if layout.form == "dense":
+            return _dense(blocks, kind)
+        if layout.turned:
+            turned = np.ascontiguousarray(_dense(blocks, kind).swapaxes(1, 2).astype(np.float16))
+            return turned[..., None].view(np.uint8)
+        if kind == layout.ggml_type:
+            return blocks
         if kind not in NATIVE_TYPES:
             blocks, error = to_q8_0(blocks, kind)
-            self._errors.setdefault(kind.name, []).append(error)
-            kind = GGMLQuantizationType.Q8_0
-        if not self._ffi:
-            return QuantizedArray(jax.device_put(_aligned_copy(blocks), self._device), kind)
-        if source.path.endswith(".k_b_proj") and not self._config.k_b_transposed:
-            # Old files hold k_b the other way round, and blocks cannot be turned: as float16 they can, at 2**-11.
-            turned = np.ascontiguousarray(_dense(blocks, kind).swapaxes(1, 2).astype(np.float16))
-            blocks, kind = turned[..., None].view(np.uint8), GGMLQuantizationType.F16
+            with self._lock:
+                self._errors.setdefault(kind.name, {})[source.path] = error
+            return blocks
+        return _dense(blocks, kind)[..., None].view(np.uint8)  # a router that the file does not have in float32
+
+    def _piece(self, layout: Layout, whole: np.ndarray, part: tuple[int, ...]) -> np.ndarray:
+        """One part of it."""
+        *rows, last = (
+            slice(index * size // count, (index + 1) * size // count)
+            for index, size, count in zip(part, layout.shape, layout.cuts, strict=True)
+        )
+        if layout.form == "dense":
+            return whole[(*rows, last)]
+        return piece(whole[tuple(rows)], layout.ggml_type, layout.cuts[-1], part[-1])
+
+    def _arrays(self, layout: Layout, whole: np.ndarray) -> Any:
+        arrays = []
+        for part, devices in layout.places().items():
+            value = self._piece(layout, whole, part)
+            for device in devices:
+                # Memory that only this array has: a CPU device takes it as it is, others copy from it.
+                arrays.append(jax.device_put(_aligned_copy(value) if device.platform == "cpu" else value, device))
+        jax.block_until_ready(arrays)
+        return layout.wrap(jax.make_array_from_single_device_arrays(layout.leaf_shape, layout.sharding, arrays))
+
+    def _handles(self, layout: Layout, whole: np.ndarray) -> Any:
         # Rows of the embedding are looked up one by one: they stay the file's blocks.
-        lookup = source.path.endswith("embed_tokens")
-        weights = ktx_ffi.Weights(blocks, kind, repack=self._repack and not lookup)
-        self.host_weights.append(weights)
-        handles = weights.operand.reshape((1,) * len(weights.shape))
-        return HostArray(jax.device_put(handles, self._device), weights.shape, kind)
+        repack = self._repack and not layout.path.endswith("embed_tokens")
+        with self._lock:
+            weights = {
+                part: ktx_ffi.Weights(self._piece(layout, whole, part), layout.ggml_type, repack=repack)
+                for part in layout.places()
+            }
+            self.host_weights.extend(weights.values())
+        handles = grid(layout, {part: each.handle for part, each in weights.items()})
+        return layout.wrap(
+            jax.make_array_from_callback(layout.leaf_shape, layout.sharding, lambda index: handles[index])
+        )
 
     def report(self) -> None:
         for kind, errors in self._errors.items():
             log.warning(
                 "%d tensors of type %s were converted to Q8_0 while loading, at a relative error of %.1e (RMS)",
-                len(errors), kind, float(np.sqrt(np.mean(np.square(errors)))),
+                len(errors), kind, float(np.sqrt(np.mean(np.square(list(errors.values()))))),
             )  # fmt: skip
 
 
@@ -143,10 +279,10 @@ def _dense(blocks: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     return quants.dequantize(blocks.reshape(*lead, nb * size), kind).astype(np.float32)
 
 
-def _aligned_copy(blocks: np.ndarray) -> np.ndarray:
+def _aligned_copy(value: np.ndarray) -> np.ndarray:
     """A copy at an address that a CPU array can adopt, so that the weights lie in memory once."""
-    memory = np.empty(blocks.nbytes + _ALIGNMENT, np.uint8)
+    memory = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    copy = memory[start : start + blocks.nbytes].reshape(blocks.shape)
-    np.copyto(copy, blocks)
+    copy = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
+    np.copyto(copy, value)
     return copy

@@ -75,6 +75,10 @@ class Stage:
     layers: tuple[int, ...]
     others: tuple[str, ...]  # paths outside the layers
 
+    def data(self, mesh: Mapping[str, int]) -> int:
+        """Shards of the data axis, each with requests and a cache of its own."""
+        return mesh.get("data", 1) if len(self.devices) > 1 else 1
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a parameter lies in memory: as numbers, as blocks of its file, or as handles of the CPU kernels' weights."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ktx_jax.quantized import HostArray, QuantizedArray
+from ktx_jax.sharding.choices import Spec
+from ktx_jax.sharding.granules import touched_blocks
+from ktx_jax.sharding.partition import cuts
+from ktx_jax.sharding.plan import PlacedParameter
+
+Form = Literal["dense", "blocks", "host"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One parameter on one stage's mesh.
+
+    Attributes:
+      form: "dense" float32, "blocks" of a `QuantizedArray`, or "host" for a `HostArray`.
+      shape: logical, of the whole.
+      ggml_type: in memory.
+      spec: the mesh axes that cut each dimension.
+      turned: whether its last two dimensions are swapped against the file's.
+    """
+
+    path: str
+    form: Form
+    shape: tuple[int, ...]
+    ggml_type: GGMLQuantizationType
+    spec: Spec
+    mesh: Mesh
+    turned: bool = False
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Into how many parts each dimension is cut."""
+        return cuts(self.spec, self.mesh.shape)
+
+    @property
+    def piece_blocks(self) -> int:
+        """Blocks in a row of a piece."""
+        return touched_blocks(self.shape[-1], self.ggml_type, self.cuts[-1])
+
+    @property
+    def leaf_shape(self) -> tuple[int, ...]:
+        """Of the array that JAX sees."""
+        if self.form == "dense":
+            return self.shape
+        if self.form == "host":
+            return self.cuts
+        size = GGML_QUANT_SIZES[self.ggml_type][1]
+        return (*self.shape[:-1], self.cuts[-1] * self.piece_blocks, size)
+
+    @property
+    def dtype(self) -> Any:
+        return {"dense": jnp.float32, "blocks": jnp.uint8, "host": jnp.uint32}[self.form]
+
+    @property
+    def sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in self.spec)))
+
+    def places(self) -> dict[tuple[int, ...], list[jax.Device]]:
+        """Which part along each dimension each device of this process holds, by part."""
+        found: dict[tuple[int, ...], list[jax.Device]] = {}
+        index_map = self.sharding.addressable_devices_indices_map(self.leaf_shape)
+        for device, index in index_map.items():
+            assert index is not None
+            parts = (
+                (span.start or 0) * count // size
+                for span, size, count in zip(index, self.leaf_shape, self.cuts, strict=False)
+            )
+            found.setdefault(tuple(parts), []).append(device)
+        return found
+
+    def wrap(self, leaf: Any) -> Any:
+        """What the model's module holds, around the array (or what stands for it)."""
+        if self.form == "dense":
+            return leaf
+        if self.form == "blocks":
+            return QuantizedArray(leaf, self.ggml_type)
+        *lead, k = (size // parts for size, parts in zip(self.shape, self.cuts, strict=True))
+        width = self.piece_blocks * GGML_QUANT_SIZES[self.ggml_type][0] if self.cuts[-1] > 1 else k
+        return HostArray(leaf, (*lead, width), self.ggml_type)
+
+    def abstract(self) -> Any:
+        """The parameter with shapes and shardings in place of values."""
+        return self.wrap(jax.ShapeDtypeStruct(self.leaf_shape, self.dtype, sharding=self.sharding))
+
+
+def layout_of(parameter: PlacedParameter, mesh: Mesh, op: str, *, k_b_transposed: bool) -> Layout:
+    """How a parameter lies for the implementation `op`.
+
+    Args:
+      k_b_transposed: whether the file holds k_b as the CPU kernels read it. They go by rows, so one that lies the other
+        way is turned, as float16: blocks cannot be.
+    """
+    kind, shape, spec = parameter.stored_type, parameter.shape, parameter.spec
+    if len(shape) == 1 or (op != "ffi" and parameter.path.endswith(".mlp.gate")):
+        return Layout(parameter.path, "dense", shape, kind, spec, mesh)
+    if op != "ffi":
+        return Layout(parameter.path, "blocks", shape, kind, spec, mesh)
+    if parameter.path.endswith(".k_b_proj") and not k_b_transposed:
+        shape, spec = (shape[0], shape[2], shape[1]), (spec[0], spec[2], spec[1])
+        return Layout(parameter.path, "host", shape, GGMLQuantizationType.F16, spec, mesh, turned=True)
+    return Layout(parameter.path, "host", shape, kind, spec, mesh)
+
+
+def grid(layout: Layout, handles: dict[tuple[int, ...], int]) -> np.ndarray:
+    """Handles by part as an array, 0 for parts of other processes."""
+    out = np.zeros(layout.cuts, np.uint32)
+    for part, handle in handles.items():
+        out[part] = handle
+    return out

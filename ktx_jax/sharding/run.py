@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a run: rules as a user gives them, held against a file and the devices that are here."""
+
+import logging
+import os
+from collections.abc import Sequence
+
+import jax
+
+from ktx_jax.errors import KtxError
+from ktx_jax.gguf.reader import GGUF
+from ktx_jax.model.config import Config
+from ktx_jax.sharding.auto import Sizes, choose_rules
+from ktx_jax.sharding.devices import HOST, device_number
+from ktx_jax.sharding.parameters import file_types
+from ktx_jax.sharding.plan import Plan
+from ktx_jax.sharding.rules import Rules
+
+log = logging.getLogger("ktx_jax")
+
+AUTO = "auto"
+_ROOM = 0.95  # of free memory: the rest is for fragments and XLA's own buffers
+
+
+def plan_run(
+    gguf: GGUF,
+    config: Config,
+    rules: str | os.PathLike[str] | Rules | None,
+    devices: Sequence[jax.Device],
+    sizes: Sizes,
+) -> Plan:
+    """The plan to load by.
+
+    Args:
+      rules: a file, `Rules`, "auto", or None for the first device alone.
+
+    Raises:
+      RulesError: the rules do not suit the model or the devices.
+      KtxError: the model does not fit, as far as the devices tell their memory.
+    """
+    types = file_types(gguf, config)
+    if rules == AUTO:
+        text = choose_rules(config, types, [free_memory(device, len(devices)) for device in devices], sizes)
+        log.info("rules chosen for the devices:\n%s", text)
+        rules = Rules.from_text(text, "the rules chosen for these devices")
+    elif rules is None:
+        rules = Rules.from_text("rules: []", "one device")
+    elif not isinstance(rules, Rules):
+        rules = Rules.from_file(rules)
+    platform = "cpu" if devices[0].platform == "cpu" else "gpu"
+    plan = Plan.from_rules(
+        config, rules, devices=len(devices), types=types,
+        context=sizes.context, batch=sizes.batch, dtype=sizes.dtype, platform=platform,
+    )  # fmt: skip
+    for notice in plan.notices:
+        log.warning("%s", notice)
+    _check_memory(plan, devices)
+    return plan
+
+
+def free_memory(device: jax.Device, count: int) -> int:
+    """Bytes that a device has free: of a CPU device, its share, one of `count`, of what the system has available."""
+    if (stats := device.memory_stats()) is not None and "bytes_limit" in stats:
+        return round(_ROOM * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    try:
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError) as error:  # not every system tells
+        raise KtxError(f"the memory of {device} is not known: give a rule file in place of 'auto'") from error
+    return round(_ROOM * pages / count)
+
+
+def _check_memory(plan: Plan, devices: Sequence[jax.Device]) -> None:
+    """Before anything is read; CPU devices do not tell, and share their memory with the mapped file."""
+    room = {
+        name: free_memory(devices[device_number(name)], 1)
+        for name in plan.devices
+        if name != HOST and devices[device_number(name)].memory_stats() is not None
+    }
+    if room and not (fit := plan.check(room)).ok:
+        raise KtxError(f"{plan.name}: {fit}")
