@@ -251,7 +251,7 @@ def test_chat(llm):
         ({"context": 1}, "from 2 to the model's 163840"),
         ({"context": 163841}, "from 2 to the model's 163840"),
         ({"batch": 0}, "at least 1"),
-        ({"devices": []}, "list of one device"),
+        ({"devices": []}, "list of at least one device"),
     ],
 )
 def test_bad_arguments(llm, arguments, message):

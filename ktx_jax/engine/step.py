@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ktx_jax.engine.layered import LayeredStage
+from ktx_jax.engine.program import run as run_program
 from ktx_jax.engine.requests import Request
 from ktx_jax.engine.sampling import Draw, Drawn, sample
 from ktx_jax.engine.scheduler import Limits, Work
-from ktx_jax.engine.stage import Stage, Tail
+from ktx_jax.engine.stage import FusedStage, Stage, Tail
 from ktx_jax.model.cache import Run
 from ktx_jax.model.config import Config
-from ktx_jax.sharding.load import Loaded
+from ktx_jax.sharding.load import Loaded, LoadedStage
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Steps:
     """
 
     def __init__(self, config: Config, model: Loaded, limits: Limits, *, dtype: Any):
-        self.stages = [Stage(config, stage, limits, dtype=dtype) for stage in model.stages]
+        self.stages = [_stage(config, stage, limits, dtype) for stage in model.stages]
         self.depth = len(self.stages)
 
     def sample(self, run: Run, at: Int[np.ndarray, "S L"], draw: Draw, *, top: int | None, decode: bool) -> Drawn:
@@ -56,14 +58,19 @@ class Steps:
 
     @property
     def compiled(self) -> int:
-        """How many programs there are so far: one for each stage and length of a step."""
-        return sum(stage.program._cache_size() for stage in self.stages)
+        """How many programs this process has compiled for steps so far."""
+        return run_program._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _through(self, run: Run, at: np.ndarray, extra: Any, tail: Tail, decode: bool) -> Any:
         x = None
         for stage in self.stages:
             x = stage(x, run, at, extra, tail=tail, decode=decode)
         return x
+
+
+def _stage(config: Config, loaded: LoadedStage, limits: Limits, dtype: Any) -> Stage:
+    kind = LayeredStage if loaded.apart else FusedStage
+    return kind(config, loaded, limits, dtype=dtype)
 
 
 def make_run(work: Work, limits: Limits) -> tuple[Run, Int[np.ndarray, "S L"]]:

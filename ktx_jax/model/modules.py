@@ -181,11 +181,14 @@ class MLP(nnx.Module):
         return _total(self.partial(x))
 
     def partial(self, x: Float[Array, "T D"]) -> Sum:
-        """What this device adds; a plan cuts gate and up by rows, down alike by its inputs, or none of them."""
-        gate, up, down = (m.weight.get_value() for m in (self.gate_proj, self.up_proj, self.down_proj))
-        axes = self.down_proj.cut[1]
-        offset = offset_in_block(gate.shape[0], ops.block_size(down), axes)
-        return Sum(ops.swiglu(x, gate, up, down, offset=offset), axes)
+        """What this device adds. As one operation where gate and up are cut by rows, and down alike by its inputs."""
+        by_row, axes = self.gate_proj.cut[0], self.down_proj.cut[1]
+        if self.gate_proj.cut == self.up_proj.cut == (axes, ()) and self.down_proj.cut[0] == ():
+            gate, up, down = (m.weight.get_value() for m in (self.gate_proj, self.up_proj, self.down_proj))
+            offset = offset_in_block(gate.shape[0], ops.block_size(down), axes)
+            return Sum(ops.swiglu(x, gate, up, down, offset=offset), axes)
+        hidden = jax.nn.silu(self.gate_proj(x, want=by_row)) * self.up_proj(x, want=by_row)
+        return Sum(recut(self.down_proj.partial(hidden, have=by_row), self.down_proj.cut[0], ()), axes)
 
 
 class Experts(nnx.Module):
@@ -196,6 +199,9 @@ class Experts(nnx.Module):
         self.gate_proj = Linear(count, width, size, rngs=rngs)
         self.up_proj = Linear(count, width, size, rngs=rngs)
         self.down_proj = Linear(count, size, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "T D"], ids: Int[Array, "T k"], weights: Float[Array, "T k"]) -> jax.Array:
+        return _total(self.partial(x, ids, weights))
 
     def partial(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> Sum:
         """What this device's experts, or its part of their widths, add; an id that it has not adds nothing."""
@@ -234,19 +240,24 @@ class Router(Linear):
 class MoE(nnx.Module):
     def __init__(self, c: Config, rngs: nnx.Rngs):
         self.gate = Router(c, rngs)
-        self.experts = Experts(c, rngs)
+        self.experts: Experts | None = Experts(c, rngs)
         shared = c.n_shared_experts * c.moe_intermediate_size
         self.shared_experts = MLP(c.hidden_size, shared, rngs) if shared else None
 
     def __call__(self, x: Float[Array, "T D"], live: jax.Array) -> Float[Array, "T D"]:
-        with jax.named_scope("route"):
-            ids, weights = self.gate.route(x)
-            ids = jnp.where(live[:, None], ids, -1)
+        assert self.experts is not None, "the routed experts are elsewhere"
+        ids, weights = self.route(x, live)
         with jax.named_scope("experts"):
             parts = [self.experts.partial(x, ids, weights)]
             if self.shared_experts is not None:
                 parts.append(self.shared_experts.partial(x))
             return _total(*parts)
+
+    def route(self, x: Float[Array, "T D"], live: jax.Array) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+        """Each token's experts and their weights; no expert (-1) for a token that is not `live`."""
+        with jax.named_scope("route"):
+            ids, weights = self.gate.route(x)
+            return jnp.where(live[:, None], ids, -1), weights
 
 
 class DecoderLayer(nnx.Module):
@@ -259,11 +270,23 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], pages: jax.Array, run: Run, cos: jax.Array, sin: jax.Array
     ) -> tuple[Float[Array, "T D"], jax.Array]:
+        x, h, pages = self._attend(x, pages, run, cos, sin)
+        return x + (self.mlp(h, run.positions >= 0) if isinstance(self.mlp, MoE) else self.mlp(h)), pages
+
+    def to_experts(
+        self, x: Float[Array, "T D"], pages: jax.Array, run: Run, cos: jax.Array, sin: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+        """All that comes before the experts, routed and shared: x, their input h, and the experts' ids and weights."""
+        assert isinstance(self.mlp, MoE), "a dense layer has no experts"
+        x, h, pages = self._attend(x, pages, run, cos, sin)
+        return (x, h, *self.mlp.route(h, run.positions >= 0)), pages
+
+    def _attend(
+        self, x: jax.Array, pages: jax.Array, run: Run, cos: jax.Array, sin: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         mixed, pages = self.self_attn(self.input_layernorm(x), pages, run, cos, sin)
         x = x + mixed
-        h = self.post_attention_layernorm(x)
-        x = x + (self.mlp(h, run.positions >= 0) if isinstance(self.mlp, MoE) else self.mlp(h))
-        return x, pages
+        return x, self.post_attention_layernorm(x), pages
 
 
 @jax.jit(static_argnums=0)
@@ -282,15 +305,15 @@ class DeepseekV2Model(nnx.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps) if has("model.norm") else None
 
     def __call__(self, run: Run, cache: Cache, x: jax.Array | None, dtype: Any) -> tuple[Float[Array, "T D"], Cache]:
-        x = self._embedded(run, x, dtype)
+        h = self._embedded(run, x, dtype)
         cos, sin = cos_sin(self.config, run.positions)
         pages = []
         for i, layer in enumerate(self.layers):
             if layer is not None:
                 with jax.named_scope(f"layers.{i}"):
-                    x, layer_pages = _layer(*nnx.split(layer), x, cache[len(pages)], run, cos, sin)
+                    h, layer_pages = _layer(*nnx.split(layer), h, cache[len(pages)], run, cos, sin)
                 pages.append(layer_pages)
-        return x, tuple(pages)
+        return h, tuple(pages)
 
     def _embedded(self, run: Run, x: jax.Array | None, dtype: Any) -> jax.Array:
         if x is not None:
@@ -333,10 +356,11 @@ class DeepseekV2ForCausalLM(nnx.Module):
     @property
     def ends(self) -> bool:
         """Whether the head is here."""
-        return self._head is not None
+        return self.head_weight is not None
 
     @property
-    def _head(self) -> Linear | None:
+    def head_weight(self) -> Linear | None:
+        """What makes logits: the head, or the embedding that serves as one; None if that is in another part."""
         tied = self.config.tie_word_embeddings and self.model.norm is not None
         return self.model.embed_tokens if tied else self.lm_head
 
@@ -345,7 +369,7 @@ class DeepseekV2ForCausalLM(nnx.Module):
         with jax.named_scope("lm_head"):
             if self.model.norm is not None:
                 x = self.model.norm(x[at])
-            head = self._head
+            head = self.head_weight
             return x if head is None else head(x, dtype=jnp.float32)
 
 

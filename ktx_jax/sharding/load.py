@@ -22,7 +22,7 @@ from ktx_jax.model.modules import Attention, Cut, DeepseekV2ForCausalLM, HeadLin
 from ktx_jax.sharding.devices import HOST
 from ktx_jax.sharding.granules import piece
 from ktx_jax.sharding.layout import Layout, grid, layout_of
-from ktx_jax.sharding.mesh import Binding, stage_mesh
+from ktx_jax.sharding.mesh import Binding, one_device_mesh, stage_mesh
 from ktx_jax.sharding.plan import PlacedParameter, Plan
 from ktx_jax.sharding.sources import Source, find_source, unused_tensors
 
@@ -53,12 +53,23 @@ class Part:
 
 @dataclass(frozen=True)
 class LoadedStage:
-    """A stage's devices, its layers, and its parameters in the form that each kind of step computes with."""
+    """A stage's parameters, in the form that each kind of step computes with.
+
+    Attributes:
+      mesh: its devices.
+      layers: those it computes.
+      begins: whether it takes tokens, as the first one does.
+      apart: paths of parameters that lie on the host, beside its devices.
+      host: a mesh of the host.
+    """
 
     mesh: Mesh
     layers: tuple[int, ...]
     prefill: Part
     decode: Part
+    begins: bool
+    apart: frozenset[str]
+    host: Mesh
 
     def part(self, *, decode: bool) -> Part:
         return self.decode if decode else self.prefill
@@ -99,8 +110,11 @@ def load_model(
     sources = {p.path: find_source(gguf, plan.config, p.path, p.shape) for p in plan.parameters}
     _report_unused(gguf, plan, list(sources.values()))
     meshes = [stage_mesh(plan, index, bound) for index in range(len(plan.stages))]
+    host = one_device_mesh(bound[HOST])
     layouts = {
-        (p.path, op): layout_of(p, meshes[p.stage], op, k_b_transposed=plan.config.k_b_transposed)
+        (p.path, op): layout_of(
+            p, host if is_apart(plan, p) else meshes[p.stage], op, k_b_transposed=plan.config.k_b_transposed
+        )
         for p in plan.parameters
         for op in {op_of(p, implementations, decode=decode) for decode in (False, True)}
     }
@@ -108,20 +122,32 @@ def load_model(
     order = sorted(layouts, key=lambda key: _place(gguf, sources[key[0]]))
     leaves = _read(reader, [(key, layouts[key], sources[key[0]]) for key in order], progress)
     reader.report()
-    stages = tuple(stage_of(plan, index, mesh, implementations, leaves) for index, mesh in enumerate(meshes))
+    stages = tuple(stage_of(plan, index, mesh, host, implementations, leaves) for index, mesh in enumerate(meshes))
     return Loaded(stages, tuple(reader.host_weights))
 
 
-def abstract_stage(plan: Plan, index: int, mesh: Mesh, implementations: Implementations) -> LoadedStage:
+def is_apart(plan: Plan, parameter: PlacedParameter) -> bool:
+    """Whether a parameter lies on the host, beside the devices of its stage."""
+    return parameter.devices == (HOST,) != plan.stages[parameter.stage].devices
+
+
+def _layout(plan: Plan, parameter: PlacedParameter, mesh: Mesh, host: Mesh, op: str) -> Layout:
+    where = host if is_apart(plan, parameter) else mesh
+    return layout_of(parameter, where, op, k_b_transposed=plan.config.k_b_transposed)
+
+
+def abstract_stage(plan: Plan, index: int, mesh: Mesh, host: Mesh, implementations: Implementations) -> LoadedStage:
     """A stage with shapes and shardings in place of values: what it would be if it were loaded onto `mesh`."""
     leaves = {}
     for p in plan.parameters:
         if p.stage == index:
             for decode in (False, True):
                 op = op_of(p, implementations, decode=decode)
-                layout = layout_of(p, mesh, op, k_b_transposed=plan.config.k_b_transposed)
+                layout = layout_of(
+                    p, host if is_apart(plan, p) else mesh, op, k_b_transposed=plan.config.k_b_transposed
+                )
                 leaves[p.path, op] = layout.abstract()
-    return stage_of(plan, index, mesh, implementations, leaves)
+    return stage_of(plan, index, mesh, host, implementations, leaves)
 
 
 def op_of(parameter: PlacedParameter, implementations: Implementations, *, decode: bool) -> str:
@@ -130,7 +156,9 @@ def op_of(parameter: PlacedParameter, implementations: Implementations, *, decod
     return (parameter.ops.decode if decode else parameter.ops.prefill) or default
 
 
-def stage_of(plan: Plan, index: int, mesh: Mesh, implementations: Implementations, leaves: Leaves) -> LoadedStage:
+def stage_of(
+    plan: Plan, index: int, mesh: Mesh, host: Mesh, implementations: Implementations, leaves: Leaves
+) -> LoadedStage:
     """The modules of a stage around its parameters."""
     stage = plan.stages[index]
     mine = [p for p in plan.parameters if p.stage == index]
@@ -149,7 +177,9 @@ def stage_of(plan: Plan, index: int, mesh: Mesh, implementations: Implementation
         return Part(graphdef, nnx.from_flat_state(filled))
 
     prefill = part(ops[0])
-    return LoadedStage(mesh, stage.layers, prefill, prefill if ops[0] == ops[1] else part(ops[1]))
+    decode = prefill if ops[0] == ops[1] else part(ops[1])
+    apart = frozenset(p.path for p in mine if is_apart(plan, p))
+    return LoadedStage(mesh, stage.layers, prefill, decode, index == 0, apart, host)
 
 
 def _path(key: tuple[Any, ...]) -> str:
