@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Plan`: for every parameter of a model its stage, devices, partition, bytes and operators, before a byte is read."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,12 +21,13 @@ from ktx_jax.sharding.memory import (
     sum_needs,
     workspace_bytes,
 )
-from ktx_jax.sharding.operators import check_operators
+from ktx_jax.sharding.operators import check_operators, runnable_ops, yielded_notice
 from ktx_jax.sharding.parameters import Inventory, Types, inventory
 from ktx_jax.sharding.partition import cuts, partition, piece_bytes
 from ktx_jax.sharding.placement import Placement, place
 from ktx_jax.sharding.problems import Findings
 from ktx_jax.sharding.rules import Rules
+from ktx_jax.sharding.runnable import check_layers
 from ktx_jax.sharding.units import units
 
 GPU = "gpu"
@@ -151,7 +151,7 @@ class Plan:
         if batch < 1 or self.dtype not in CACHE_BYTES:
             raise KtxError(f"batch should be at least 1 and dtype one of {', '.join(CACHE_BYTES)}; "
                            f"found {batch} and {self.dtype!r}")  # fmt: skip
-        return dataclasses.replace(self, context=context, batch=batch)
+        return replace(self, context=context, batch=batch)
 
     @cached_property
     def devices(self) -> tuple[str, ...]:
@@ -247,11 +247,15 @@ def _build(
 ) -> Plan:  # fmt: skip
     placement = place(choices, model, findings)
     parameters = []
+    yielded: set[str | None] = set()
     for parameter in model.parameters:
         home, choice = placement.by_path[parameter.path], choices.by_path[parameter.path]
         mesh = choices.mesh if len(home.devices) > 1 else dict.fromkeys(choices.mesh, 1)
         covered = len(home.devices) > 1 and choices.uncovered == "error"
         spec = partition(parameter, choice, mesh, model.config, covered, findings)
+        if choices.yielding_ops:
+            asked, choice = choice.ops, replace(choice, ops=runnable_ops(choice, home, platform))
+            yielded |= {asked.decode, asked.prefill} - {choice.ops.decode, choice.ops.prefill, None}
         check_operators(parameter, choice, home, platform, findings)
         parameters.append(
             PlacedParameter(
@@ -260,9 +264,10 @@ def _build(
                 home.prefill,
             )
         )  # fmt: skip
+    check_layers(model, placement, {p.path: p.spec for p in parameters}, choices, findings)
     return Plan(
         name, model.config, dict(choices.mesh), _stages(model, placement), tuple(parameters),
-        context, batch, dtype, choices.prefill_threshold, platform, choices.notices,
+        context, batch, dtype, choices.prefill_threshold, platform, (*choices.notices, *yielded_notice(yielded)),
     )  # fmt: skip
 
 
