@@ -300,7 +300,10 @@ def _limits(plan: Plan, implementations: Implementations) -> Limits:
     shards = plan.stages[0].data(plan.mesh)
     batch = -(-plan.batch // shards)
     prefill = {op_of(p, implementations, decode=False) for p in plan.parameters if p.path.endswith("self_attn.o_proj")}
+    stream = plan.prefill_threshold
     # The CPU kernels compute every padded row, and take sequences of any length side by side.
-    if prefill == {"ffi"}:
-        return Limits(plan.context, batch, tile=1, growth=2, shards=shards)
-    return Limits(plan.context, batch, shards=shards)
+    tile, growth = (1, 2) if prefill == {"ffi"} else (16, 4)
+    return Limits(
+        plan.context, batch, chunk=plan.chunk, tile=tile, growth=growth,
+        stream_above=stream, shards=shards,
+    )  # fmt: skip

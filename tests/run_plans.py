@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=9"
 
 import jax
 import numpy as np
-from golden_models import mean_kl
+from golden_models import mean_kl, token_kl
 from plan_golden import CONFIGS
 from plan_models import BETWEEN, INSIDE, cut_layers, small_model
 

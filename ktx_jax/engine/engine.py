@@ -13,6 +13,7 @@ from jaxtyping import Float
 from ktx_jax.engine.requests import MAX_LOGPROBS, Request, SamplingParams, TokenLogprob
 from ktx_jax.engine.sampling import Drawn
 from ktx_jax.engine.scheduler import Limits, Scheduler, Share, Work
+from ktx_jax.engine.stage import Kind
 from ktx_jax.engine.step import Steps, make_draw, make_run
 from ktx_jax.errors import KtxError
 from ktx_jax.model.config import Config
@@ -93,7 +94,10 @@ class Engine:
         wanted = [r.params.logprobs for r in requests if r.params.logprobs is not None]
         top = None if not wanted else min(MAX_LOGPROBS, self.config.vocab_size) if any(wanted) else 0
         run, last = make_run(work, self.limits)
-        return self.steps.sample(run, last, make_draw(work, *last.shape), top=top, decode=work.decode)
+        return self.steps.sample(run, last, make_draw(work, *last.shape), top=top, kind=self._kind(work))
+
+    def _kind(self, work: Work) -> Kind:
+        return "decode" if work.decode else "stream" if work.streams(self.limits.stream_above) else "prefill"
 
     def _take(self, share: Share, row: tuple[int, int], drawn: Drawn) -> None:
         request, token = share.request, int(drawn.token[row])
@@ -129,8 +133,9 @@ class Engine:
 
     def _chunk_logits(self, request: Request) -> Float[np.ndarray, "T V"]:
         start, stop = request.computed, min(request.length, request.computed + self.limits.chunk)
-        run, _ = make_run(Work((Share(request, start, stop),), decode=False), self.limits)
+        work = Work((Share(request, start, stop),), decode=False)
+        run, _ = make_run(work, self.limits)
         at = np.broadcast_to(np.arange(run.tokens.shape[1], dtype=np.int32), run.tokens.shape)
-        out = self.steps.logits(run, at)
+        out = self.steps.logits(run, at, kind=self._kind(work))
         request.computed = stop
         return np.asarray(out[request.shard])[: stop - start]

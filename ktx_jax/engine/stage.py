@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 from jax.sharding import NamedSharding
@@ -20,17 +20,21 @@ from ktx_jax.sharding.load import LoadedStage
 Tail: TypeAlias = Callable[[Float[Array, "L V"], Any], Any]
 """What the last stage makes of a shard's logits: a pure, hashable function of them and arrays with a row for each."""
 
+Kind: TypeAlias = Literal["prefill", "decode", "stream"]
+"""Of a step: prompts, one token a sequence, or prompts with weights that are brought to the devices."""
+
 
 @runtime_checkable
 class Stage(Protocol):
     """What one stage computes."""
 
-    def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, decode: bool) -> Any:
+    def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> Any:
         """Adds the run to the cache; what the next stage needs, or for the last one what `tail` gives.
 
         Args:
           x: what the stage before gave, on any devices; None for the first.
           run, at, extra: arrays with a leading shard axis.
+          kind: "stream" is "prefill" where nothing is streamed.
         """
         ...
 
@@ -57,13 +61,13 @@ class FusedStage:
         self._bound = {decode: _bind(loaded, decode) for decode in (False, True)}
         self.cache = stage_cache(config, loaded, limits, dtype)
 
-    def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, decode: bool) -> Any:
-        out, self.cache = self._bound[decode](_Whole(self._dtype, tail), self.cache, x, run, at, extra)
+    def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> Any:
+        out, self.cache = self._bound[kind == "decode"](_Whole(self._dtype, tail), self.cache, x, run, at, extra)
         return out
 
-    def lower(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, decode: bool) -> jax.stages.Lowered:
+    def lower(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> jax.stages.Lowered:
         """What a call would run; arrays may be abstract."""
-        return self._bound[decode].lower(_Whole(self._dtype, tail), self.cache, x, run, at, extra)
+        return self._bound[kind == "decode"].lower(_Whole(self._dtype, tail), self.cache, x, run, at, extra)
 
 
 def _bind(loaded: LoadedStage, decode: bool) -> Bound:

@@ -17,6 +17,7 @@ from ktx_jax.sharding.memory import (
     CACHE_BYTES,
     Need,
     cache_bytes,
+    chunk_tokens,
     host_workspace_bytes,
     sum_needs,
     workspace_bytes,
@@ -168,9 +169,16 @@ class Plan:
             parts += [(name, self._stage_need(index, stage)) for name in stage.devices]
         parts += [(name, Need(streamed=count)) for name, count in self._streamed().items()]
         if any(p.devices == (HOST,) != self.stages[p.stage].devices for p in self.parameters):
-            parts.append((HOST, Need(workspace=host_workspace_bytes(self.config, self.context, self.batch))))
+            parts.append(
+                (HOST, Need(workspace=host_workspace_bytes(self.config, self.context, self.batch, self.chunk)))
+            )
         needs = sum_needs(parts)
         return {name: needs[name] for name in self.devices}
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens of prompts in a step."""
+        return chunk_tokens(self.prefill_threshold is not None)
 
     def _stage_need(self, index: int, stage: Stage) -> Need:
         data = self.mesh.get("data", 1)
@@ -182,7 +190,7 @@ class Plan:
             heads //= cuts(attention.spec, self.mesh)[0]
         head = here.get("lm_head")
         rows = 0 if head is None else head.shape[0] // cuts(head.spec, self.mesh)[0]
-        workspace = workspace_bytes(self.config, heads, self.context, -(-self.batch // data), rows)
+        workspace = workspace_bytes(self.config, heads, self.context, -(-self.batch // data), rows, self.chunk)
         return Need(cache=cache, workspace=workspace)
 
     def _streamed(self) -> dict[str, int]:
