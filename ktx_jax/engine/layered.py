@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from ktx_jax.engine.program import Bound
+from ktx_jax.engine.program import Bound, Program
 from ktx_jax.engine.scheduler import Limits
 from ktx_jax.engine.stage import Kind, Tail, stage_cache
 from ktx_jax.model.cache import Run
@@ -65,9 +65,9 @@ class _Head:
 
 
 @jax.jit
-def _sum(*parts: jax.Array) -> jax.Array:
-    first, *others = parts
-    return sum(others, first)
+def _sum(x: jax.Array, routed: jax.Array, shared: jax.Array | None) -> jax.Array:
+    """In the order in which a layer that is whole adds them."""
+    return x + (routed if shared is None else routed + shared)
 
 
 class _Layer:
@@ -89,9 +89,9 @@ class _Layer:
             return self.main(_whole_layer, pages, x, run)
         (x, h, ids, weights), pages = self.main(_to_experts, pages, x, run)
         # Started in this order all three are under way together: the host waits for h alone.
-        parts = [] if self.shared is None else [self.shared(_shared, None, h)[0]]
+        shared = None if self.shared is None else self.shared(_shared, None, h)[0]
         routed, _ = (brought or self.experts)(_experts, None, h, ids, weights)
-        return _sum(x, *parts, jax.device_put(routed, self.main.program.by_shard)), pages
+        return _sum(x, jax.device_put(routed, self.main.program.by_shard), shared), pages
 
 
 class _Modules:
@@ -113,6 +113,11 @@ class _Modules:
             for i, layer in enumerate(model.model.layers)
             if layer is not None
         ]
+
+    def bound(self) -> list[Bound]:
+        parts = [self.embed, self.norm, self.head]
+        parts += [bound for layer in self.layers for bound in (layer.main, layer.shared, layer.experts)]
+        return [bound for bound in parts if bound is not None]
 
 
 class LayeredStage:
@@ -140,6 +145,10 @@ class LayeredStage:
         if modules.head is not None:
             x, _ = modules.head(_Head(tail), None, x, extra)
         return x
+
+    @property
+    def programs(self) -> list[Program]:
+        return [bound.program for modules in self._modules.values() for bound in modules.bound()]
 
     def _brought(self) -> Iterator[Bound | None]:
         """Each layer's experts on its device, the next ones coming meanwhile: two layers' at a time."""

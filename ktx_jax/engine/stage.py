@@ -10,7 +10,7 @@ import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from ktx_jax.engine.program import BY_SHARD, Bound
+from ktx_jax.engine.program import BY_SHARD, Bound, Program
 from ktx_jax.engine.scheduler import Limits
 from ktx_jax.model.cache import Cache, Run, new_cache
 from ktx_jax.model.config import Config
@@ -36,6 +36,11 @@ class Stage(Protocol):
           run, at, extra: arrays with a leading shard axis.
           kind: "stream" is "prefill" where nothing is streamed.
         """
+        ...
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that it runs."""
         ...
 
 
@@ -68,6 +73,10 @@ class FusedStage:
     def lower(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> jax.stages.Lowered:
         """What a call would run; arrays may be abstract."""
         return self._bound[kind == "decode"].lower(_Whole(self._dtype, tail), self.cache, x, run, at, extra)
+
+    @property
+    def programs(self) -> list[Program]:
+        return [bound.program for bound in self._bound.values()]
 
 
 def _bind(loaded: LoadedStage, decode: bool) -> Bound:

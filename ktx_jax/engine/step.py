@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.engine.layered import LayeredStage
-from ktx_jax.engine.program import run as run_program
+from ktx_jax.engine.program import compiled
 from ktx_jax.engine.requests import Request
 from ktx_jax.engine.sampling import Draw, Drawn, sample
 from ktx_jax.engine.scheduler import Limits, Work
@@ -58,8 +58,8 @@ class Steps:
 
     @property
     def compiled(self) -> int:
-        """How many programs this process has compiled for steps so far."""
-        return run_program._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+        """How many executables there are so far."""
+        return compiled(program for stage in self.stages for program in stage.programs)
 
     def _through(self, run: Run, at: np.ndarray, extra: Any, tail: Tail, kind: Kind) -> Any:
         x = None
