@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that run by every rule file of `configs`, on virtual devices: they answer as on one device."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from plan_golden import CONFIGS
+
+pytestmark = pytest.mark.slow
+
+CASES = [(f"{path.parent.name}/{path.stem}", op) for path in CONFIGS for op in ("xla", "ffi")]
+WORKER = Path(__file__).with_name("run_plans.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[tuple[str, str], dict]:
+    folder = tmp_path_factory.mktemp("models")
+    done = subprocess.run([sys.executable, WORKER, folder], capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {(line["config"], line["implementation"]): line for line in lines}
+
+
+@pytest.mark.parametrize(("config", "implementation"), CASES)
+def test_a_plan_answers_as_one_device_does(found, config, implementation):
+    result = found[config, implementation]
+    if implementation == "xla":
+        assert result["kl"] < 1e-6
+        assert result["same"]
+    elif result["sums_over_devices"]:
+        # Sums in another order tip some activations to the next int8: as far from the exact logits as one device is.
+        alone, mine = result["kl_from_exact"]
+        assert result["kl"] < alone
+        assert mine < 1.25 * alone
+    else:
+        assert result["kl"] == 0
+        assert result["same"]
+
+
+@pytest.mark.parametrize("config", [config for config, op in CASES if op == "xla"])
+def test_a_device_holds_the_bytes_that_the_plan_says(found, config):
+    for planned, live in found[config, "xla"]["bytes"].values():
+        assert abs(live - planned) <= 0.02 * planned
