@@ -40,12 +40,39 @@ class Engine:
         Raises:
           KtxError: the prompt is empty, leaves no room for a token, or holds an id outside the vocabulary.
         """
+        request = self.make_request(prompt, params)
+        self.enqueue(request)
+        return request
+
+    def make_request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """A request to `enqueue`; errors as of `add`."""
         prompt = self.check_prompt(prompt, room=1)
         room = self.limits.context - len(prompt)
-        request = Request(prompt, params, min(params.max_tokens or room, room))
+        return Request(prompt, params, min(params.max_tokens or room, room))
+
+    def enqueue(self, request: Request) -> None:
         with self._lock:
             self._scheduler.add(request)
-        return request
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not been let in yet."""
+        return len(self._scheduler.waiting)
+
+    def figures(self) -> dict[str, int]:
+        """What `Stats` reports, but for those that wait."""
+        scheduler = self._scheduler
+        return {
+            "running": len(scheduler.running),
+            "batch": self.limits.batch,
+            "pages_total": self.limits.pages,
+            "pages_free": len(scheduler.free_pages),
+            "prompt_tokens": 0,
+            "cached_tokens": 0,
+            "generated_tokens": 0,
+            "finished": 0,
+            "preemptions": 0,
+        }
 
     def check_prompt(self, prompt: Sequence[int], *, room: int) -> list[int]:
         """The prompt as a list, if it and `room` more tokens fit."""
@@ -108,7 +135,8 @@ class Engine:
             logprob = TokenLogprob(token, float(drawn.logprob[row]), tuple(pairs))
         request.output.append(token)
         request.unread.append((token, logprob))
-        if token in self.eos_ids and not request.params.ignore_eos:
+        ends = token in self.eos_ids and not request.params.ignore_eos
+        if ends or token in request.params.stop_token_ids:
             self._scheduler.finish(request, "stop")
         elif len(request.output) >= request.limit:
             self._scheduler.finish(request, "length")
@@ -126,6 +154,14 @@ class Engine:
                 )
             finally:
                 self._scheduler.give_back(pages, request.shard)
+
+    def score(self, tokens: Sequence[int], top: int) -> tuple[TokenLogprob | None, ...]:
+        """Log-probability of each token of a sequence given those before it, and the `top` likeliest; first None."""
+        logits = jax.nn.log_softmax(self.logits(tokens)[:-1], axis=-1)
+        chosen = jnp.take_along_axis(logits, jnp.asarray(tokens[1:])[:, None], axis=-1)[:, 0].tolist()
+        values, ids = jax.device_get(jax.lax.top_k(logits, top))
+        rows = zip(tokens[1:], chosen, ids.tolist(), values.tolist(), strict=True)
+        return (None, *(TokenLogprob(t, p, tuple(zip(i, v, strict=True))) for t, p, i, v in rows))
 
     def _chunk_logits(self, request: Request) -> Float[np.ndarray, "T V"]:
         start, stop = request.computed, min(request.length, request.computed + self.limits.chunk)
