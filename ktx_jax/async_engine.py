@@ -2,23 +2,27 @@
 """`AsyncEngine`: a model that many asyncio tasks ask at once."""
 
 import asyncio
+import atexit
 import contextlib
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from types import TracebackType
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
+from ktx_jax.engine.engine import Stats
 from ktx_jax.engine.reply import Chunk, Reader
 from ktx_jax.engine.requests import Request, SamplingParams, TokenLogprob
 from ktx_jax.errors import KtxError
 from ktx_jax.llm import LLM
 
+__all__ = ["AsyncEngine", "DeadlineExceeded", "EngineClosed", "QueueFull", "ReplyStream", "Stats"]
+
 
 class QueueFull(KtxError):
-    """Too many requests wait already. `retry_after`: seconds after which to try again."""
+    """Too many requests wait already. `retry_after`: seconds after which a place may be free."""
 
     def __init__(self, waiting: int, retry_after: float):
         super().__init__(f"{waiting} requests wait already; try again in {retry_after:.0f} s")
@@ -33,33 +37,6 @@ class EngineClosed(KtxError):
     """The engine takes no more requests: it is shutting down, or a step failed (`__cause__` says how)."""
 
 
-@dataclass(frozen=True)
-class Stats:
-    """How the engine is doing. Sums count from its start.
-
-    Attributes:
-      running, waiting: requests now.
-      batch: how many can run at once.
-      pages_total, pages_free: cache pages; free ones include those that only the prefix cache holds.
-      prompt_tokens: tokens of the prompts of admitted requests.
-      cached_tokens: how many of those the prefix cache spared.
-      generated_tokens: tokens drawn.
-      finished: replies that ended, whatever the reason.
-      preemptions: times that a running request gave its pages to an older one, to be computed anew.
-    """
-
-    running: int
-    waiting: int
-    batch: int
-    pages_total: int
-    pages_free: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    finished: int
-    preemptions: int
-
-
 class ReplyStream(AsyncIterator[Chunk]):
     """A reply as it comes, made by `AsyncEngine.generate`; its request is queued already.
 
@@ -67,15 +44,21 @@ class ReplyStream(AsyncIterator[Chunk]):
     cancelled, and when it is dropped.
     """
 
-    def __init__(self, owner: "AsyncEngine", request: Request, deadline: float | None):
-        self.request, self.deadline = request, deadline
-        self._owner, self._loop = owner, asyncio.get_running_loop()
+    _over = True  # until it is made
+
+    def __init__(self, abandon: Callable[[Request], None], request: Request):
+        self.request, self._abandon = request, abandon
         self._come: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
         self._over = False
 
     @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that the prefix cache spared; known from the first piece on."""
+        return self.request.cached or 0
 
     def __aiter__(self) -> "ReplyStream":
         return self
@@ -86,13 +69,14 @@ class ReplyStream(AsyncIterator[Chunk]):
         Raises:
           DeadlineExceeded: the deadline came first.
           EngineClosed: a step failed.
+          KtxError: the reply cannot go on, as its grammar grew beyond bounds.
         """
         if self._over:
             raise StopAsyncIteration
         try:
             item = await self._come.get()
         except asyncio.CancelledError:
-            await self.aclose()
+            self._drop()
             raise
         if isinstance(item, Exception):
             self._over = True
@@ -107,7 +91,7 @@ class ReplyStream(AsyncIterator[Chunk]):
     async def __aenter__(self) -> "ReplyStream":
         return self
 
-    async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    async def __aexit__(self, *_: Any) -> None:
         self._drop()
 
     def __del__(self) -> None:
@@ -116,33 +100,43 @@ class ReplyStream(AsyncIterator[Chunk]):
     def _drop(self) -> None:
         if not self._over:
             self._over = True
-            self._owner._abandon(self.request)
+            self._abandon(self.request)
 
 
 class AsyncEngine:
     """Runs an `LLM`'s requests for asyncio tasks, of any event loop and thread.
 
-    One background thread computes while there is work and sleeps while there is none. The `LLM` itself may be used
-    beside it: both share one engine.
+    One background thread computes while there is work and sleeps while there is none, until `close`. The `LLM` itself
+    may be used beside it: both share one engine.
 
     Args:
       llm: the model.
       max_queue: the most requests that may wait to run; further ones are refused with `QueueFull`.
+      chunk: the most prompt tokens in a step. A newcomer waits for the step that is being computed: small ones let
+        short prompts through while a long one is read, large ones read faster.
+
+    Attributes:
+      llm: the model.
     """
 
-    def __init__(self, llm: LLM, *, max_queue: int = 256):
+    def __init__(self, llm: LLM, *, max_queue: int = 256, chunk: int = 128):
         if max_queue < 1:
             raise KtxError(f"max_queue should be at least 1; found {max_queue}")
-        self.llm, self.max_queue = llm, max_queue
+        if chunk < 1:
+            raise KtxError(f"chunk should be at least 1; found {chunk}")
+        self.llm, self._max_queue = llm, max_queue
         self._engine = llm._engine
+        self._engine.pace(chunk)
         self._wake = threading.Condition()
-        self._arrivals: deque[_Live] = deque()  # these two cross threads; what follows is the stepping thread's
+        self._arrivals: deque[_Reply | _Score] = deque()
         self._abandoned: deque[Request] = deque()
-        self._live: dict[Request, _Live] = {}
-        self._closing_at: float | None = None  # when running requests are ended
+        self._live: dict[Request, _Reply | _Score] = {}  # the stepping thread's own
+        self._busy = 0.0  # seconds spent in steps
+        self._ends_at: float | None = None  # when what still runs is aborted
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="ktx-jax engine", daemon=True)
         self._thread.start()
+        atexit.register(self._stop, 0.0)  # a thread inside XLA while the process is taken down would crash it
 
     def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None, *, deadline: float | None = None
@@ -159,118 +153,170 @@ class AsyncEngine:
           QueueFull: too many requests wait.
           EngineClosed: the engine is shutting down, or has failed.
         """
-        request = self._engine.make_request(prompt_ids, params or SamplingParams())
-        due = None if deadline is None else time.monotonic() + deadline
-        with self._wake:
-            if self._failure is not None:
-                raise EngineClosed(f"a step failed: {self._failure}") from self._failure
-            if self._closing_at is not None:
-                raise EngineClosed("the engine is shutting down")
-            waiting = self._engine.waiting + len(self._arrivals)
-            if waiting >= self.max_queue:
-                raise QueueFull(waiting, self._retry_after(waiting))
-            stream = ReplyStream(self, request, due)
-            self._arrivals.append(_Live(stream, Reader(self._engine, self.llm.tokenizer, request)))
-            self._wake.notify()
+        stream = ReplyStream(self._abandoned.append, self._engine.make_request(prompt_ids, params or SamplingParams()))
+        try:
+            self._submit(_Reply(stream, Reader(self._engine, self.llm.tokenizer, stream.request), _due(deadline)))
+        except KtxError:
+            stream._over = True
+            raise
         return stream
 
-    async def score_prompt(self, ids: Sequence[int], top: int = 0) -> tuple[TokenLogprob | None, ...]:
+    async def score_prompt(
+        self, ids: Sequence[int], top: int = 0, *, deadline: float | None = None
+    ) -> tuple[TokenLogprob | None, ...]:
         """Log-probabilities (nats, of the unmodified logits) of a prompt's own tokens, each given those before it.
 
         Args:
           ids: token ids.
-          top: how many of the likeliest tokens to report at each place.
+          top: how many of the likeliest tokens to report at each place, at most 20.
+          deadline: seconds from now.
 
         Returns:
           One entry for each token; the first is None, as nothing comes before it.
+
+        Raises:
+          As `generate`; DeadlineExceeded.
         """
-        return await asyncio.to_thread(self._engine.score, ids, top)
+        live = _Score(self._engine.make_scoring(ids, top), _due(deadline))
+        self._submit(live)
+        try:
+            return await live.future
+        finally:
+            self._abandoned.append(live.request)
 
     def stats(self) -> Stats:
         """Figures for metrics; does not wait for the step that is being computed."""
-        return Stats(waiting=self._engine.waiting + len(self._arrivals), **self._engine.figures())
+        stats = self._engine.stats()
+        return replace(stats, waiting=stats.waiting + len(self._arrivals))
 
     async def close(self, grace: float = 30.0) -> None:
         """Refuses new requests; running and waiting ones have `grace` seconds to finish, the rest end as "abort"."""
+        await asyncio.to_thread(self._stop, grace)
+
+    def _stop(self, grace: float) -> None:
         with self._wake:
-            self._closing_at = time.monotonic() + grace
+            self._ends_at = time.monotonic() + grace
             self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        self._thread.join()
+        atexit.unregister(self._stop)
+        self._engine.pace(self._engine.limits.chunk)
 
-    def _retry_after(self, waiting: int) -> float:
-        return float(math.ceil(1 + waiting / self._engine.limits.batch))
-
-    def _abandon(self, request: Request) -> None:
-        """From any thread, and from destructors: takes no lock."""
-        self._abandoned.append(request)
+    def _submit(self, live: "_Reply | _Score") -> None:
+        with self._wake:
+            if self._failure is not None:
+                raise EngineClosed(f"a step failed: {self._failure}") from self._failure
+            if self._ends_at is not None:
+                raise EngineClosed("the engine is shutting down")
+            stats = self.stats()
+            if stats.running + stats.waiting >= stats.batch + self._max_queue:
+                interval = self._busy / stats.finished if stats.finished else 1.0
+                raise QueueFull(stats.waiting, float(math.ceil(max(interval, 1.0))))
+            self._arrivals.append(live)
+            self._wake.notify()
 
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._live or self._arrivals or self._closing_at is not None):
+                while not (self._live or self._arrivals or self._ends_at is not None):
                     self._wake.wait()
-                self._take_arrivals()
-                if self._closing_at is not None and not self._live:
+                arrived = [self._arrivals.popleft() for _ in range(len(self._arrivals))]
+                if not (arrived or self._live):
                     return
             try:
-                self._drop_abandoned()
-                self._end_late()
-                if self._live and not self._engine.step():
-                    time.sleep(0.001)  # nothing could be done: pages are lent elsewhere
-                self._deliver()
+                for live in arrived:
+                    self._live[live.request] = live
+                    self._engine.enqueue(live.request)
+                self._drop_some()
+                begun = time.monotonic()
+                if self._live:
+                    self._engine.step()
+                self._busy += time.monotonic() - begun
+                for request in [request for request, live in self._live.items() if live.deliver()]:
+                    del self._live[request]
             except Exception as error:  # whatever it was, those who wait have to hear of it
                 self._fail(error)
                 return
 
-    def _take_arrivals(self) -> None:
-        while self._arrivals:
-            live = self._arrivals.popleft()
-            self._live[live.request] = live
-            self._engine.enqueue(live.request)
-
-    def _drop_abandoned(self) -> None:
+    def _drop_some(self) -> None:
+        """Aborts what nobody wants any more, or wants too late."""
         while self._abandoned:
             request = self._abandoned.popleft()
             self._engine.abort(request)
             self._live.pop(request, None)
-
-    def _end_late(self) -> None:
         now = time.monotonic()
-        for live in [live for live in self._live.values() if live.due is not None and live.due <= now]:
+        for live in [live for live in self._live.values() if live.due <= now]:
             self._engine.abort(live.request)
-            self._live.pop(live.request)
+            del self._live[live.request]
             live.put(DeadlineExceeded("the reply was not complete when its deadline came"))
-        if self._closing_at is not None and self._closing_at <= now:
+        if self._ends_at is not None and self._ends_at <= now:
             for request in self._live:
                 self._engine.abort(request)
-
-    def _deliver(self) -> None:
-        for request, live in list(self._live.items()):
-            while live.reader.ready:
-                chunk = live.reader.read()
-                live.put(chunk)
-                if chunk.finish_reason is not None:
-                    self._live.pop(request)
-                    break
 
     def _fail(self, error: Exception) -> None:
         with self._wake:
             self._failure = error
-            self._take_arrivals()
-        for live in self._live.values():
+        for live in (*self._live.values(), *self._arrivals):
             failure = EngineClosed(f"a step failed: {error}")
             failure.__cause__ = error
             live.put(failure)
         self._live.clear()
 
 
-class _Live:
-    """A request under way, and where its pieces go. Holds no reference to its stream, so that a dropped one ends."""
+def _due(deadline: float | None) -> float:
+    return math.inf if deadline is None else time.monotonic() + deadline
 
-    def __init__(self, stream: ReplyStream, reader: Reader):
-        self.request, self.due, self.reader = stream.request, stream.deadline, reader
-        self._loop, self._put = stream._loop, stream._come.put_nowait
+
+class _Reply:
+    """A reply under way, and where its pieces go. Holds no reference to its stream, so that a dropped one ends."""
+
+    def __init__(self, stream: ReplyStream, reader: Reader, due: float):
+        self.request, self.due, self._reader = stream.request, due, reader
+        self._loop, self._put = asyncio.get_running_loop(), stream._come.put_nowait
+
+    def deliver(self) -> bool:
+        """Passes on what has come; whether that was the last."""
+        while self._reader.ready:
+            try:
+                chunk = self._reader.read()
+            except KtxError as error:
+                self.put(error)
+                return True
+            self.put(chunk)
+            if chunk.finish_reason is not None:
+                return True
+        return False
 
     def put(self, item: Chunk | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._put, item)
+
+
+class _Score:
+    """A sequence that is being scored."""
+
+    def __init__(self, request: Request, due: float):
+        self.request, self.due = request, due
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[tuple[TokenLogprob | None, ...]] = self._loop.create_future()
+
+    def deliver(self) -> bool:
+        if self.request.finish_reason is None:
+            return False
+        assert self.request.scoring is not None
+        if self.request.finish_reason == "abort":
+            self.put(EngineClosed("the engine was shut down before the scores were complete"))
+        else:
+            self.put((None, *self.request.scoring.parts))
+        return True
+
+    def put(self, item: tuple[TokenLogprob | None, ...] | Exception) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._settle, item)
+
+    def _settle(self, item: tuple[TokenLogprob | None, ...] | Exception) -> None:
+        if self.future.done():
+            return
+        if isinstance(item, Exception):
+            self.future.set_exception(item)
+        else:
+            self.future.set_result(item)

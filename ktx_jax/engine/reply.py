@@ -66,8 +66,14 @@ class Reader:
         return bool(self._request.unread) or self._request.finish_reason is not None
 
     def read(self) -> Chunk:
-        """The next piece of a reply that is `ready`; not to be called after the last one."""
+        """The next piece of a reply that is `ready`; not to be called after the last one.
+
+        Raises:
+          KtxError: the reply cannot go on, as its grammar grew beyond bounds.
+        """
         request, stops = self._request, self._stops
+        if request.error is not None and not request.unread:
+            raise request.error
         # A request that another thread ends has no token left for its last piece.
         come = (request.unread.popleft(),) if request.unread else ()
         text = "".join(stops.push(self._decoder.push(token)) for token, _ in come)

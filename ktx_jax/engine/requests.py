@@ -3,12 +3,12 @@
 
 import math
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from ktx_jax.engine.grammar import Grammar
+from ktx_jax.engine.grammar import Grammar, Match
 from ktx_jax.errors import KtxError
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -93,6 +93,18 @@ class TokenLogprob:
 
 
 @dataclass(eq=False)
+class Scoring:
+    """What is asked about a sequence's own tokens, and the answers so far, a part for each chunk.
+
+    Attributes:
+      top: how many of the likeliest tokens to report beside the log-probability of each; None for whole logits.
+    """
+
+    top: int | None
+    parts: list[Any] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class Request:
     """One sequence in the engine's care."""
 
@@ -103,12 +115,19 @@ class Request:
     unread: deque[tuple[int, TokenLogprob | None]] = field(default_factory=deque)
     computed: int = 0  # tokens whose latents are in the cache, or on their way there
     pages: list[int] = field(default_factory=list)
+    kept: int = 0  # of its pages, those in the prefix cache
+    cached: int | None = None  # tokens of the prompt that the prefix cache spared; None before it is let in
     shard: int = 0  # of the `data` axis, whose pages these are
+    scoring: Scoring | None = None  # of a sequence whose own tokens are asked about: it draws none
     finish_reason: FinishReason | None = None
+    error: KtxError | None = None  # why it was aborted, if that was its own fault
     seed: int = 0
+    match: Match | None = None  # how far the reply has come in its grammar
+    counts: Counter[int] = field(default_factory=Counter)  # of the reply's tokens
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+        self.match = self.params.grammar.start() if self.params.grammar is not None else None
 
     @property
     def length(self) -> int:
