@@ -13,12 +13,13 @@ from ktx_jax.engine.sampling import Draw, sample
 from ktx_jax.errors import KtxError
 
 
-def draw(rows, temperature=1.0, top_p=1.0, top_k=0, seed=0, position=None):
+def draw(rows, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, position=None):
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), (rows,))
     return Draw(
         temperature=jnp.full(rows, temperature, jnp.float32),
         top_p=jnp.full(rows, top_p, jnp.float32),
         top_k=jnp.full(rows, top_k, jnp.int32),
+        min_p=jnp.full(rows, min_p, jnp.float32),
         seed=jnp.asarray(np.stack([np.zeros_like(seeds), seeds], axis=1)),
         position=jnp.asarray(np.arange(rows) if position is None else position, jnp.int32),
     )
@@ -53,6 +54,10 @@ def test_draws_follow_the_distribution():
         ({"top_p": 0.81}, {0, 1, 2}),
         ({"top_p": 0.6, "top_k": 2}, {0}),  # after top_k the first holds 0.625
         ({"top_p": 1e-6}, {0}),
+        ({"min_p": 0.29}, {0, 1, 2}),
+        ({"min_p": 0.31}, {0, 1}),
+        ({"min_p": 1.0}, {0}),
+        ({"min_p": 0.31, "top_p": 0.5}, {0}),
         ({"temperature": 0.01}, {0}),
     ],
 )
@@ -87,7 +92,9 @@ def test_nucleus_equals_the_sorted_definition():
     "bad",
     [
         {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1},
-        {"seed": -1}, {"stop": [""]}, {"logprobs": 21}, {"max_tokens": 0},
+        {"seed": -1}, {"stop": [""]}, {"logprobs": 21}, {"max_tokens": 0}, {"min_p": 1.5}, {"presence_penalty": 3},
+        {"frequency_penalty": float("nan")}, {"repetition_penalty": 0}, {"logit_bias": {3: 101}},
+        {"logit_bias": {-1: 1}}, {"logit_bias": dict.fromkeys(range(1025), 1)}, {"stop_token_ids": [-2]},
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(bad):

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from ktx_jax.engine.edits import make_edits, wants_edits
 from ktx_jax.engine.requests import MAX_LOGPROBS, Request, SamplingParams, Scoring, TokenLogprob
-from ktx_jax.engine.sampling import Drawn, sample_edited
+from ktx_jax.engine.sampling import Drawn, sample_edited, score
 from ktx_jax.engine.scheduler import Limits, Scheduler, Work
 from ktx_jax.engine.scoring import Scores, logprob_at, start_scores, take_scores
 from ktx_jax.engine.step import Steps, make_draw, make_run
@@ -97,6 +97,11 @@ class Engine:
     def pace(self, tokens: int) -> None:
         """Sets how many prompt tokens a step takes at most, so how long newcomers wait."""
         self._scheduler.room = max(self.limits.tile, min(tokens, self.limits.chunk))
+
+    @property
+    def compiled(self) -> int:
+        """How many programs there are so far."""
+        return self.steps.compiled + sample_edited._cache_size() + score._cache_size()
 
     def stats(self) -> Stats:
         """Figures for metrics; does not wait for the step that is being computed."""

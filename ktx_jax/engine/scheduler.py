@@ -2,7 +2,6 @@
 """Which tokens the next step computes: admission, pages, prefill chunks and decode, with no array in sight."""
 
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ktx_jax.engine.prefix import PrefixCache
@@ -132,15 +131,17 @@ class Scheduler:
         prompts = [request for request in ready if request.scoring is None and request.prefilling]
         replies = self._group([request for request in ready if request.scoring is None and not request.prefilling])
         together = self.limits.tile == 1 and bool(prompts) and 2 * len(replies) <= self.room
-        turns = {"score": scores, "prefill": prompts, "decode": [] if together else replies}
+        turns: dict[str, tuple[list[Request], list[Request]]] = {
+            "score": ([], scores),
+            "prefill": (replies if together else [], prompts),
+            "decode": ([] if together else replies, []),
+        }
         kinds = list(turns)
         first = kinds.index(self._last) + 1
         for kind in kinds[first:] + kinds[:first]:
-            shares: list[Share] = []
-            if kind == "decode" or (kind == "prefill" and together):
-                shares += self._decodes(replies)
-            if kind != "decode":
-                shares += self._chunks([r for r in turns[kind] if r in self.running], shares)
+            one_token, many_tokens = turns[kind]
+            shares = self._decodes(one_token)
+            shares += self._chunks(many_tokens, shares)
             if shares:
                 self._last = kind
                 return self._started(Work(tuple(shares), kind == "decode", kind == "score"))
@@ -232,11 +233,13 @@ class Scheduler:
                 group.append(request)
         return group
 
-    def _decodes(self, replies: list[Request]) -> Iterator[Share]:
+    def _decodes(self, replies: list[Request]) -> list[Share]:
         """A token for each reply that has a page for it; the oldest come first, as growing may cost the youngest's."""
+        shares = []
         for request in replies:
             if request in self.running and self._grow(request, request.length):
-                yield Share(request, request.computed, request.length)
+                shares.append(Share(request, request.computed, request.length))
+        return shares
 
     def _chunks(self, prompts: list[Request], beside: list[Share]) -> list[Share]:
         """As much of the prompts as each shard's part of a step holds `beside` others.
@@ -244,6 +247,7 @@ class Scheduler:
         Every second time, those that it can finish go without the longer ones.
         """
         shares, tile = [], self.limits.tile
+        prompts = [request for request in prompts if request in self.running]
         taken = Counter(share.request.shard for share in beside)
         room = [self.room - taken[shard] for shard in range(self.limits.shards)]
         short = [r for r in prompts if r.length - r.computed <= room[r.shard]]
