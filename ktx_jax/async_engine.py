@@ -139,7 +139,7 @@ class AsyncEngine:
         atexit.register(self._stop, 0.0)  # a thread inside XLA while the process is taken down would crash it
 
     def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, *, deadline: float | None = None
+        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, *, deadline: int | float | None = None
     ) -> ReplyStream:
         """Queues a prompt at once, from a running event loop, and gives its reply as an async iterator.
 
@@ -162,7 +162,7 @@ class AsyncEngine:
         return stream
 
     async def score_prompt(
-        self, ids: Sequence[int], top: int = 0, *, deadline: float | None = None
+        self, ids: Sequence[int], top: int = 0, *, deadline: int | float | None = None
     ) -> tuple[TokenLogprob | None, ...]:
         """Log-probabilities (nats, of the unmodified logits) of a prompt's own tokens, each given those before it.
 
@@ -177,7 +177,7 @@ class AsyncEngine:
         Raises:
           As `generate`; DeadlineExceeded.
         """
-        live = _Score(self._engine.make_scoring(ids, top), _due(deadline))
+        live = _Score(self._engine.make_echo(ids, top), _due(deadline))
         self._submit(live)
         try:
             return await live.future
@@ -189,11 +189,11 @@ class AsyncEngine:
         stats = self._engine.stats()
         return replace(stats, waiting=stats.waiting + len(self._arrivals))
 
-    async def close(self, grace: float = 30.0) -> None:
+    async def close(self, grace: int | float = 30.0) -> None:
         """Refuses new requests; running and waiting ones have `grace` seconds to finish, the rest end as "abort"."""
         await asyncio.to_thread(self._stop, grace)
 
-    def _stop(self, grace: float) -> None:
+    def _stop(self, grace: int | float) -> None:
         with self._wake:
             self._ends_at = time.monotonic() + grace
             self._wake.notify()
@@ -228,8 +228,8 @@ class AsyncEngine:
                     self._engine.enqueue(live.request)
                 self._drop_some()
                 begun = time.monotonic()
-                if self._live:
-                    self._engine.step()
+                if self._live and not self._engine.step():
+                    time.sleep(0.001)  # its pages are lent to work outside any request
                 self._busy += time.monotonic() - begun
                 for request in [request for request, live in self._live.items() if live.deliver()]:
                     del self._live[request]
@@ -262,7 +262,7 @@ class AsyncEngine:
         self._live.clear()
 
 
-def _due(deadline: float | None) -> float:
+def _due(deadline: int | float | None) -> float:
     return math.inf if deadline is None else time.monotonic() + deadline
 
 
@@ -302,11 +302,11 @@ class _Score:
     def deliver(self) -> bool:
         if self.request.finish_reason is None:
             return False
-        assert self.request.scoring is not None
+        assert self.request.echo is not None
         if self.request.finish_reason == "abort":
             self.put(EngineClosed("the engine was shut down before the scores were complete"))
         else:
-            self.put((None, *self.request.scoring.parts))
+            self.put((None, *self.request.echo.parts))
         return True
 
     def put(self, item: tuple[TokenLogprob | None, ...] | Exception) -> None:

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktx_jax.engine.requests import Request, SamplingParams, Scoring
+from ktx_jax.engine.requests import Echo, Request, SamplingParams
 from ktx_jax.engine.scheduler import Limits, Scheduler
 
 
@@ -70,7 +70,7 @@ def check_work(scheduler, work):
             assert 0 <= share.start < share.stop == request.computed <= request.length
             assert share.stop <= len(request.pages) * limits.page
             assert not work.decode or share.stop - share.start == 1
-            assert work.score == (request.scoring is not None)
+            assert work.echo == (request.echo is not None)
             padded += 1 if work.decode else -(-(share.stop - share.start) // limits.tile) * limits.tile
         assert padded <= limits.bucket(padded, decode=work.decode) <= max(limits.chunk, limits.batch)
 
@@ -83,7 +83,7 @@ def test_every_request_is_computed_and_pages_return(case):
     requests = []
     for prompt, limit in lengths:
         text = [random.randrange(2) if random.random() < 0.1 else 0 for _ in range(prompt)]
-        requests.append(Request(text, SamplingParams(), limit, scoring=None if limit else Scoring(0)))
+        requests.append(Request(text, SamplingParams(), limit, echo=None if limit else Echo(0)))
         scheduler.add(requests[-1])
     aborted = {r for r in requests if random.random() < 0.15}
     steps = 0
@@ -102,7 +102,7 @@ def test_every_request_is_computed_and_pages_return(case):
         for request in drawing(work):
             if request.finish_reason is None:
                 assert request in scheduler.running  # nobody is sent out while a token is drawn for it
-                if request.scoring is None:
+                if request.echo is None:
                     request.output.append(random.randrange(2))
                 if len(request.output) == request.limit:
                     scheduler.finish(request, "length")

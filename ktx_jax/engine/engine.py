@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from ktx_jax.engine.echo import Echoed, logprob_at, start_echo, take_echo
 from ktx_jax.engine.edits import make_edits, wants_edits
-from ktx_jax.engine.requests import MAX_LOGPROBS, Request, SamplingParams, Scoring, TokenLogprob
-from ktx_jax.engine.sampling import Drawn, sample_edited, score
+from ktx_jax.engine.requests import MAX_LOGPROBS, Echo, Request, SamplingParams, TokenLogprob
+from ktx_jax.engine.sampling import Drawn, logprobs_of, sample_edited
 from ktx_jax.engine.scheduler import Limits, Scheduler, Work
-from ktx_jax.engine.scoring import Scores, logprob_at, start_scores, take_scores
 from ktx_jax.engine.step import Steps, make_draw, make_run
 from ktx_jax.errors import KtxError
 from ktx_jax.model.config import Config
@@ -62,7 +62,7 @@ class Engine:
     ):
         self.config, self.steps, self.limits, self.eos_ids = config, steps, limits, eos_ids
         self._scheduler = Scheduler(limits, steps.depth)
-        self._flight: deque[tuple[Work, Int[np.ndarray, "S L"], Drawn | Scores]] = deque()
+        self._flight: deque[tuple[Work, Int[np.ndarray, "S L"], Drawn | Echoed]] = deque()
         self._generated = 0
         self._lock = threading.RLock()
 
@@ -84,11 +84,11 @@ class Engine:
         room = self.limits.context - len(prompt)
         return Request(prompt, params, min(params.max_tokens or room, room))
 
-    def make_scoring(self, tokens: Sequence[int], top: int | None) -> Request:
-        """A request to `enqueue` that asks about its own tokens; the answers gather in `Request.scoring`."""
+    def make_echo(self, tokens: Sequence[int], top: int | None) -> Request:
+        """A request to `enqueue` that asks about its own tokens; the answers gather in `Request.echo`."""
         if top is not None and not 0 <= top <= MAX_LOGPROBS:
             raise KtxError(f"top should be 0 to {MAX_LOGPROBS}; found {top}")
-        return Request(self.check_prompt(tokens, room=0), SamplingParams(), 0, scoring=Scoring(top))
+        return Request(self.check_prompt(tokens, room=0), SamplingParams(), 0, echo=Echo(top))
 
     def enqueue(self, request: Request) -> None:
         with self._lock:
@@ -101,7 +101,7 @@ class Engine:
     @property
     def compiled(self) -> int:
         """How many programs there are so far."""
-        return self.steps.compiled + sample_edited._cache_size() + score._cache_size()
+        return self.steps.compiled + sample_edited._cache_size() + logprobs_of._cache_size()
 
     def stats(self) -> Stats:
         """Figures for metrics; does not wait for the step that is being computed."""
@@ -158,22 +158,22 @@ class Engine:
             work, last, result = self._flight.popleft()
             result = jax.device_get(result)
             self._scheduler.landed(work)
-            if isinstance(result, Scores):
-                take_scores(result, work, last)
+            if isinstance(result, Echoed):
+                take_echo(result, work, last)
             for shard, shares in enumerate(work.by_shard(self.limits.shards)):
                 for row, share in enumerate(shares):
                     if not share.samples or share.request.finish_reason is not None:  # it may have ended meanwhile
                         continue
-                    if isinstance(result, Scores):
+                    if isinstance(result, Echoed):
                         self._scheduler.finish(share.request, "stop")
                     else:
                         self._take(share.request, (shard, row), result)
             return True
 
-    def _start(self, work: Work) -> tuple[Work, Int[np.ndarray, "S L"], Drawn | Scores]:
+    def _start(self, work: Work) -> tuple[Work, Int[np.ndarray, "S L"], Drawn | Echoed]:
         run, last = make_run(work, self.limits)
-        if work.score:
-            return work, last, start_scores(self.steps, work, run, last)
+        if work.echo:
+            return work, last, start_echo(self.steps, work, run, last)
         wanted = [share.request.params.logprobs for share in work.shares if share.request.params.logprobs is not None]
         top = None if not wanted else min(MAX_LOGPROBS, self.config.vocab_size) if any(wanted) else 0
         shards, rows = last.shape
@@ -204,11 +204,11 @@ class Engine:
 
     def logits(self, tokens: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits after each token of one sequence, float32, computed in chunks through the cache."""
-        return np.concatenate(self._asked(self.make_scoring(tokens, None)))
+        return np.concatenate(self._asked(self.make_echo(tokens, None)))
 
-    def score(self, tokens: Sequence[int], top: int = 0) -> tuple[TokenLogprob | None, ...]:
+    def echo(self, tokens: Sequence[int], top: int = 0) -> tuple[TokenLogprob | None, ...]:
         """Log-probability of each token of a sequence given those before it, and the `top` likeliest; first None."""
-        return None, *self._asked(self.make_scoring(tokens, top))
+        return None, *self._asked(self.make_echo(tokens, top))
 
     def _asked(self, request: Request) -> list[Any]:
         self.enqueue(request)
@@ -217,5 +217,5 @@ class Engine:
                 self.step()
         finally:
             self.abort(request)
-        assert request.scoring is not None
-        return request.scoring.parts
+        assert request.echo is not None
+        return request.echo.parts

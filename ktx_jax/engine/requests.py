@@ -93,7 +93,7 @@ class TokenLogprob:
 
 
 @dataclass(eq=False)
-class Scoring:
+class Echo:
     """What is asked about a sequence's own tokens, and the answers so far, a part for each chunk.
 
     Attributes:
@@ -118,7 +118,7 @@ class Request:
     kept: int = 0  # of its pages, those in the prefix cache
     cached: int | None = None  # tokens of the prompt that the prefix cache spared; None before it is let in
     shard: int = 0  # of the `data` axis, whose pages these are
-    scoring: Scoring | None = None  # of a sequence whose own tokens are asked about: it draws none
+    echo: Echo | None = None  # of a sequence whose own tokens are asked about: it draws none
     finish_reason: FinishReason | None = None
     error: KtxError | None = None  # why it was aborted, if that was its own fault
     seed: int = 0

@@ -80,7 +80,7 @@ def sample_edited(logits: Float[Array, "S L V"], draw: Draw, edits: Edits, *, to
 
 
 @partial(jax.jit, static_argnames="top")
-def score(logits: Float[Array, "S L V"], tokens: Int[Array, "S L"], *, top: int) -> Drawn:
+def logprobs_of(logits: Float[Array, "S L V"], tokens: Int[Array, "S L"], *, top: int) -> Drawn:
     """Log-probabilities of given tokens, each row's, and of the `top` likeliest."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]

@@ -64,11 +64,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step computes. `decode`: one token a sequence. `score`: sequences whose own tokens are asked about."""
+    """What a step computes. `decode`: one token a sequence. `echo`: sequences whose own tokens are asked about."""
 
     shares: tuple[Share, ...]
     decode: bool
-    score: bool = False
+    echo: bool = False
 
     def by_shard(self, shards: int) -> list[list[Share]]:
         """The shares of each shard, in order."""
@@ -120,19 +120,29 @@ class Scheduler:
             self.waiting.remove(request)
         self._release(request)
 
+    def borrow(self, count: int, shard: int = 0) -> list[int] | None:
+        """Pages for work outside any request, or None while too few are free."""
+        pool = self.pages[shard]
+        if count > pool.available:
+            return None
+        return [page for page in (pool.new() for _ in range(count)) if page is not None]
+
+    def give_back(self, pages: list[int], shard: int = 0) -> None:
+        self.pages[shard].release(pages)
+
     def next_work(self) -> Work | None:
-        """The next step, or None when there is nothing to start. Prompts, replies and scores take turns: none starves.
+        """The next step, or None when there is nothing to start. Prompts, replies and echoes take turns: none starves.
 
         Where a step needs no padding, prompts and replies share it.
         """
         self._admit()
         ready = [request for request in self.running if request not in self._drawing]
-        scores = [request for request in ready if request.scoring is not None]
-        prompts = [request for request in ready if request.scoring is None and request.prefilling]
-        replies = self._group([request for request in ready if request.scoring is None and not request.prefilling])
+        echoes = [request for request in ready if request.echo is not None]
+        prompts = [request for request in ready if request.echo is None and request.prefilling]
+        replies = self._group([request for request in ready if request.echo is None and not request.prefilling])
         together = self.limits.tile == 1 and bool(prompts) and 2 * len(replies) <= self.room
         turns: dict[str, tuple[list[Request], list[Request]]] = {
-            "score": ([], scores),
+            "echo": ([], echoes),
             "prefill": (replies if together else [], prompts),
             "decode": ([] if together else replies, []),
         }
@@ -144,7 +154,7 @@ class Scheduler:
             shares += self._chunks(many_tokens, shares)
             if shares:
                 self._last = kind
-                return self._started(Work(tuple(shares), kind == "decode", kind == "score"))
+                return self._started(Work(tuple(shares), kind == "decode", kind == "echo"))
         return None
 
     def landed(self, work: Work) -> None:
@@ -193,7 +203,7 @@ class Scheduler:
 
     def _reusable(self, request: Request) -> int:
         """How many of its pages need not be computed: never all, as the last token's logits are wanted."""
-        return 0 if request.scoring is not None else (request.length - 1) // self.limits.page
+        return 0 if request.echo is not None else (request.length - 1) // self.limits.page
 
     def _grow(self, request: Request, stop: int) -> bool:
         """Gives a request pages up to position `stop`, if need be those of younger ones that are not being drawn."""

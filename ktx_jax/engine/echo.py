@@ -3,52 +3,55 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from ktx_jax.engine.requests import MAX_LOGPROBS, TokenLogprob
-from ktx_jax.engine.sampling import Drawn, score
+from ktx_jax.engine.sampling import Drawn, logprobs_of
 from ktx_jax.engine.scheduler import Share, Work
 from ktx_jax.engine.step import Steps
 from ktx_jax.model.cache import Run
 
 
+# Not checked at run time: JAX puts NumPy arrays and placeholders into a pytree's leaves too.
 @jax.tree_util.register_dataclass
+@no_type_check
 @dataclass(frozen=True)
-class Scores:
+class Echoed:
     """Of all tokens of a run, arrays with a leading shard axis."""
 
     following: Drawn  # the log-probability of the token that follows each
-    logits: Float[jax.Array | np.ndarray, "S T V"] | None  # where someone wants them whole
+    logits: Float[Array, "S T V"] | None  # where someone wants them whole
 
 
-def start_scores(steps: Steps, work: Work, run: Run, last: Int[np.ndarray, "S L"]) -> Scores:
-    """Starts a step whose shares are all of sequences to be scored."""
+def start_echo(steps: Steps, work: Work, run: Run, last: Int[np.ndarray, "S L"]) -> Echoed:
+    """Starts a step whose shares all ask about their own tokens."""
     at = np.broadcast_to(np.arange(run.tokens.shape[1], dtype=np.int32), run.tokens.shape)
     logits = steps.logits(run, at)
     following, tops = np.zeros(run.tokens.shape, np.int32), []
     for share, shard, here in _places(work, last):
         tokens = share.request.prompt[share.start + 1 : share.stop + 1]
         following[shard, here.start : here.start + len(tokens)] = tokens
-        assert share.request.scoring is not None
-        tops.append(share.request.scoring.top)
+        assert share.request.echo is not None
+        tops.append(share.request.echo.top)
     top = min(MAX_LOGPROBS, logits.shape[-1]) if any(tops) else 0
-    return Scores(score(logits, following, top=top), logits if None in tops else None)
+    return Echoed(logprobs_of(logits, following, top=top), logits if None in tops else None)
 
 
-def take_scores(scores: Scores, work: Work, last: Int[np.ndarray, "S L"]) -> None:
-    """Gives each share's request its scores, from arrays that have been computed."""
+def take_echo(echoed: Echoed, work: Work, last: Int[np.ndarray, "S L"]) -> None:
+    """Gives each share's request its answers, from arrays that have been computed."""
     for share, shard, here in _places(work, last):
-        scoring = share.request.scoring
-        assert scoring is not None
-        if scoring.top is None:
-            assert scores.logits is not None
-            scoring.parts.append(np.asarray(scores.logits[shard, here]))
+        echo = share.request.echo
+        assert echo is not None
+        if echo.top is None:
+            assert echoed.logits is not None
+            echo.parts.append(np.asarray(echoed.logits[shard, here]))
         else:
             stop = here.stop - 1 if share.samples else here.stop  # nothing follows the last token
-            scoring.parts += [logprob_at(scores.following, (shard, i), scoring.top) for i in range(here.start, stop)]
+            echo.parts += [logprob_at(echoed.following, (shard, i), echo.top) for i in range(here.start, stop)]
 
 
 def logprob_at(drawn: Drawn, place: tuple[int, int], top: int) -> TokenLogprob:
