@@ -50,6 +50,10 @@ Implementation = Annotated[
 Override = Annotated[
     list[str], typer.Option(metavar="KEY=VALUE", help="Metadata to lay over the file's, e.g. expert_group_count=4.")
 ]
+RunRules = Annotated[
+    str | None,
+    typer.Option("--rules", metavar="FILE|auto", help="What lies on which device, and how it is cut. [default: one]"),
+]
 CpuThreads = Annotated[
     int | None,
     typer.Option("--cpu-threads", "--cpu-infer", "--cpu_infer", min=1, help="CPU threads. [default: all]"),
@@ -95,6 +99,7 @@ def generate(
     dtype: Dtype = "bfloat16",
     implementation: Implementation = None,
     override: Override = [],  # noqa: B006
+    rules: RunRules = None,
     cpu_threads: CpuThreads = None,
     no_repack: NoRepack = False,
     as_json: AsJson = False,
@@ -103,7 +108,7 @@ def generate(
     """Complete a text, printed as it comes."""
     from ktx_jax.commands.generate import generate
 
-    options = _model_options(model, context, batch, dtype, implementation, override, cpu_threads, not no_repack)
+    options = _model_options(model, context, batch, dtype, implementation, override, rules, cpu_threads, not no_repack)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     return generate(options, prompt, {**sampling, "seed": seed, "stop": stop}, as_json)
 
@@ -123,6 +128,7 @@ def chat(
     dtype: Dtype = "bfloat16",
     implementation: Implementation = None,
     override: Override = [],  # noqa: B006
+    rules: RunRules = None,
     cpu_threads: CpuThreads = None,
     no_repack: NoRepack = False,
     debug: Debug = False,
@@ -134,7 +140,7 @@ def chat(
     from ktx_jax.commands.chat import chat
 
     options = _model_options(
-        model, context, 1, dtype, implementation, override, cpu_threads, not no_repack, chat_template
+        model, context, 1, dtype, implementation, override, rules, cpu_threads, not no_repack, chat_template
     )
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     return chat(options, system, {**sampling, "seed": seed, "stop": stop})
@@ -160,6 +166,7 @@ def bench(
     dtype: Dtype = "bfloat16",
     implementation: Implementation = None,
     override: Override = [],  # noqa: B006
+    rules: RunRules = None,
     cpu_threads: CpuThreads = None,
     no_repack: NoRepack = False,
     as_json: AsJson = False,
@@ -168,7 +175,7 @@ def bench(
     """Measure loading, compilation, prefill and decode."""
     from ktx_jax.commands.bench import bench
 
-    options = _model_options(model, context, 1, dtype, implementation, override, cpu_threads, not no_repack)
+    options = _model_options(model, context, 1, dtype, implementation, override, rules, cpu_threads, not no_repack)
     return bench(options, prompt, decode, as_json)
 
 
@@ -262,6 +269,7 @@ def _model_options(
     dtype: str,
     implementation: str | None,
     override: list[str],
+    rules: str | None,
     cpu_threads: int | None,
     repack: bool,
     chat_template: Path | None = None,
@@ -269,7 +277,9 @@ def _model_options(
     from ktx_jax.commands.common import ModelOptions
 
     overrides = dict(map(_override, override))
-    return ModelOptions(model, context, batch, dtype, implementation, overrides, cpu_threads, repack, chat_template)
+    return ModelOptions(
+        model, context, batch, dtype, implementation, overrides, rules, cpu_threads, repack, chat_template
+    )  # fmt: skip
 
 
 def _override(text: str) -> tuple[str, Any]:

@@ -305,9 +305,13 @@ def _limits(plan: Plan, implementations: Implementations, cache_tokens: int | No
     shards = plan.stages[0].data(plan.mesh)
     batch = -(-plan.batch // shards)
     prefill = {op_of(p, implementations, decode=False) for p in plan.parameters if p.path.endswith("self_attn.o_proj")}
+    stream = plan.prefill_threshold
     # The CPU kernels compute every padded row, and take sequences of any length side by side.
-    shape = {"tile": 1, "growth": 2} if prefill == {"ffi"} else {}
-    limits = Limits(plan.context, batch, shards=shards, **shape)
+    tile, growth = (1, 2) if prefill == {"ffi"} else (16, 4)
+    limits = Limits(
+        plan.context, batch, chunk=plan.chunk, tile=tile, growth=growth,
+        stream_above=stream, shards=shards,
+    )  # fmt: skip
     if cache_tokens is None:
         return limits
     pool = max(limits.pages_per_sequence, -(-cache_tokens // (shards * limits.page)))

@@ -55,7 +55,9 @@ def compiled_step(llm, *, decode: bool) -> str:
     run, last = make_run(work, limits)
     [stage] = llm._engine.steps.stages
     draw = make_draw(work, *last.shape)
-    return stage.lower(None, run, last, draw, tail=Sample(0), decode=decode).compile().as_text()
+    return (
+        stage.lower(None, run, last, draw, tail=Sample(0), kind="decode" if decode else "prefill").compile().as_text()
+    )
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", "u16"), ("float32", "f32")])

@@ -120,18 +120,11 @@ def test_a_head_left_behind_is_a_stage_of_its_own():
     assert Plan.from_rules(preset("v2-lite"), Rules.from_text(text)).parameters == made.parameters
 
 
-def test_a_whole_layer_can_be_streamed():
-    text = (
-        "- {match: {name: '^model$'}, replace: {kwargs: {per_layer_prefill_intput_threshold: 99}}}\n"
-        "- {match: {name: 'layers.26'}, replace: {kwargs: {generate_device: cpu, prefill_device: 'cuda:0'}}}\n"
-        "- {match: {name: 'norm|head'}, replace: {kwargs: {generate_device: 'cuda:0'}}}\n"
-    )
-    made = plan(text, "v2-lite")
-    layer = [p for p in made.parameters if p.path.startswith("model.layers.26.")]
-    assert {p.prefill_device for p in layer} == {"gpu:0"}
-    assert made.needs["gpu:0"].streamed == 2 * sum(p.nbytes for p in layer)
-    text = convert_ktransformers(Rules.from_text(text), preset("v2-lite"))
-    assert Plan.from_rules(preset("v2-lite"), Rules.from_text(text)).parameters == made.parameters
+def test_operators_for_gpus_give_way_on_cpus():
+    text = "- {match: {name: 'o_proj'}, replace: {kwargs: {generate_op: KLinearMarlin}}}\n"
+    made = Plan.from_rules(preset("v2-lite"), Rules.from_text(text), platform="cpu")
+    assert {p.ops.decode for p in made.parameters} == {None}
+    assert any("'pallas' computes on GPUs" in notice for notice in made.notices)
 
 
 def test_options_without_a_meaning_here_are_said():

@@ -31,6 +31,7 @@ class ModelOptions:
     dtype: str = "bfloat16"
     implementation: str | None = None
     override: Mapping[str, Any] = field(default_factory=dict)
+    rules: str | None = None
     cpu_threads: int | None = None
     repack: bool = True
     chat_template: Path | None = None
@@ -53,6 +54,7 @@ def load_llm(options: ModelOptions) -> Any:
             dtype=options.dtype,
             implementation=options.implementation,
             override=options.override or None,
+            rules=options.rules,
             chat_template=template,
             cpu_threads=options.cpu_threads,
             repack=options.repack,

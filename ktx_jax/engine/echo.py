@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from ktx_jax.engine.requests import MAX_LOGPROBS, TokenLogprob
 from ktx_jax.engine.sampling import Drawn, logprobs_of
 from ktx_jax.engine.scheduler import Share, Work
+from ktx_jax.engine.stage import Kind
 from ktx_jax.engine.step import Steps
 from ktx_jax.model.cache import Run
 
@@ -27,10 +28,10 @@ class Echoed:
     logits: Float[Array, "S T V"] | None  # where someone wants them whole
 
 
-def start_echo(steps: Steps, work: Work, run: Run, last: Int[np.ndarray, "S L"]) -> Echoed:
+def start_echo(steps: Steps, work: Work, run: Run, last: Int[np.ndarray, "S L"], kind: Kind) -> Echoed:
     """Starts a step whose shares all ask about their own tokens."""
     at = np.broadcast_to(np.arange(run.tokens.shape[1], dtype=np.int32), run.tokens.shape)
-    logits = steps.logits(run, at)
+    logits = steps.logits(run, at, kind=kind)
     following, tops = np.zeros(run.tokens.shape, np.int32), []
     for share, shard, here in _places(work, last):
         tokens = share.request.prompt[share.start + 1 : share.stop + 1]

@@ -17,6 +17,7 @@ from ktx_jax.engine.edits import make_edits, wants_edits
 from ktx_jax.engine.requests import MAX_LOGPROBS, Echo, Request, SamplingParams, TokenLogprob
 from ktx_jax.engine.sampling import Drawn, logprobs_of, sample_edited
 from ktx_jax.engine.scheduler import Limits, Scheduler, Work
+from ktx_jax.engine.stage import Kind
 from ktx_jax.engine.step import Steps, make_draw, make_run
 from ktx_jax.errors import KtxError
 from ktx_jax.model.config import Config
@@ -95,8 +96,12 @@ class Engine:
             self._scheduler.add(request)
 
     def pace(self, tokens: int) -> None:
-        """Sets how many prompt tokens a step takes at most, so how long newcomers wait."""
-        self._scheduler.room = max(self.limits.tile, min(tokens, self.limits.chunk))
+        """Sets how many prompt tokens a step takes at most, so how long newcomers wait.
+
+        Not where long prompts stream weights: each of their steps brings all of them, however few its tokens.
+        """
+        if self.limits.stream_above is None:
+            self._scheduler.room = max(self.limits.tile, min(tokens, self.limits.chunk))
 
     @property
     def compiled(self) -> int:
@@ -172,17 +177,21 @@ class Engine:
 
     def _start(self, work: Work) -> tuple[Work, Int[np.ndarray, "S L"], Drawn | Echoed]:
         run, last = make_run(work, self.limits)
+        kind = self._kind(work)
         if work.echo:
-            return work, last, start_echo(self.steps, work, run, last)
+            return work, last, start_echo(self.steps, work, run, last, kind)
         wanted = [share.request.params.logprobs for share in work.shares if share.request.params.logprobs is not None]
         top = None if not wanted else min(MAX_LOGPROBS, self.config.vocab_size) if any(wanted) else 0
         shards, rows = last.shape
         draw = make_draw(work, shards, rows)
         if not any(share.samples and wants_edits(share.request) for share in work.shares):
-            return work, last, self.steps.sample(run, last, draw, top=top, decode=work.decode)
-        logits = self.steps.logits(run, last, decode=work.decode)  # computed while we find what the grammars allow
+            return work, last, self.steps.sample(run, last, draw, top=top, kind=kind)
+        logits = self.steps.logits(run, last, kind=kind)  # computed while we find what the grammars allow
         edits = make_edits(work, shards, rows, self.config.vocab_size)
         return work, last, sample_edited(logits, draw, edits, top=top)
+
+    def _kind(self, work: Work) -> Kind:
+        return "decode" if work.decode else "stream" if work.streams(self.limits.stream_above) else "prefill"
 
     def _take(self, request: Request, row: tuple[int, int], drawn: Drawn) -> None:
         if request.error is not None:

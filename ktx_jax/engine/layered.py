@@ -3,9 +3,13 @@
 
 Routed experts on the host are ktransformers' layout: attention, router and shared experts on an accelerator; each
 token's activations and expert ids go to the host, where the experts' weights stay, while the shared experts compute.
+For long prompts the weights may come to the accelerator instead, one layer's while the one before computes.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import jax
@@ -13,14 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from ktx_jax.engine.program import Bound
+from ktx_jax.engine.program import Bound, Program
 from ktx_jax.engine.scheduler import Limits
-from ktx_jax.engine.stage import Tail, stage_cache
+from ktx_jax.engine.stage import Kind, Tail, stage_cache
 from ktx_jax.model.cache import Run
 from ktx_jax.model.config import Config
 from ktx_jax.model.modules import MLP, DecoderLayer, DeepseekV2ForCausalLM, Embedding, Experts, Linear, MoE, RMSNorm
 from ktx_jax.model.rope import cos_sin
 from ktx_jax.sharding.load import LoadedStage
+from ktx_jax.sharding.streaming import StreamedExperts
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,9 @@ class _Head:
 
 
 @jax.jit
-def _sum(*parts: jax.Array) -> jax.Array:
-    first, *others = parts
-    return sum(others, first)
+def _sum(x: jax.Array, routed: jax.Array, shared: jax.Array | None) -> jax.Array:
+    """In the order in which a layer that is whole adds them."""
+    return x + (routed if shared is None else routed + shared)
 
 
 class _Layer:
@@ -78,14 +83,15 @@ class _Layer:
             layer.mlp.experts = layer.mlp.shared_experts = None
         self.main = _bind(layer, loaded.mesh)
 
-    def __call__(self, x: Any, pages: jax.Array, run: Run) -> tuple[Any, jax.Array]:
+    def __call__(self, x: Any, pages: jax.Array, run: Run, brought: Bound | None = None) -> tuple[Any, jax.Array]:
+        """As `DecoderLayer`; `brought`: the experts where they have come to the layer's device."""
         if self.experts is None:
             return self.main(_whole_layer, pages, x, run)
         (x, h, ids, weights), pages = self.main(_to_experts, pages, x, run)
         # Started in this order all three are under way together: the host waits for h alone.
-        parts = [] if self.shared is None else [self.shared(_shared, None, h)[0]]
-        routed, _ = self.experts(_experts, None, h, ids, weights)
-        return _sum(x, *parts, jax.device_put(routed, self.main.program.by_shard)), pages
+        shared = None if self.shared is None else self.shared(_shared, None, h)[0]
+        routed, _ = (brought or self.experts)(_experts, None, h, ids, weights)
+        return _sum(x, jax.device_put(routed, self.main.program.by_shard), shared), pages
 
 
 class _Modules:
@@ -108,6 +114,11 @@ class _Modules:
             if layer is not None
         ]
 
+    def bound(self) -> list[Bound]:
+        parts = [self.embed, self.norm, self.head]
+        parts += [bound for layer in self.layers for bound in (layer.main, layer.shared, layer.experts)]
+        return [bound for bound in parts if bound is not None]
+
 
 class LayeredStage:
     """A stage that runs module by module, each where its parameters lie."""
@@ -118,19 +129,38 @@ class LayeredStage:
         same = loaded.prefill is loaded.decode
         self._modules = {True: decode, False: decode if same else _Modules(loaded, decode=False)}
         self._cache = list(stage_cache(config, loaded, limits, dtype))
+        self._mesh = loaded.mesh
+        self._streams = [loaded.streams.get(layer) for layer in loaded.layers]
 
-    def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, decode: bool) -> Any:
+    def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> Any:
         """As `stage.Stage`."""
-        modules = self._modules[decode]
+        modules = self._modules[kind == "decode"]
+        brought = self._brought() if kind == "stream" else repeat(None)
         if modules.embed is not None:
             x, _ = modules.embed(_Embed(self._dtype), None, run)
-        for i, layer in enumerate(modules.layers):
-            x, self._cache[i] = layer(x, self._cache[i], run)
+        for i, (layer, experts) in enumerate(zip(modules.layers, brought, strict=False)):
+            x, self._cache[i] = layer(x, self._cache[i], run, experts)
         if modules.norm is not None:
             x, _ = modules.norm(_norm, None, x, at)
         if modules.head is not None:
             x, _ = modules.head(_Head(tail), None, x, extra)
         return x
+
+    @property
+    def programs(self) -> list[Program]:
+        return [bound.program for modules in self._modules.values() for bound in modules.bound()]
+
+    def _brought(self) -> Iterator[Bound | None]:
+        """Each layer's experts on its device, the next ones coming meanwhile: two layers' at a time."""
+
+        def bring(streamed: StreamedExperts | None) -> Bound | None:
+            return None if streamed is None else Bound(streamed.graphdef, streamed.read(), self._mesh)
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(bring, self._streams[0])
+            for following in [*self._streams[1:], None]:
+                experts, coming = coming.result(), pool.submit(bring, following)
+                yield experts
 
 
 def _bind(module: Any, mesh: Mesh) -> Bound:

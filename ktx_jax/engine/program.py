@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules as compiled programs on a mesh."""
 
-from collections.abc import Callable, Hashable
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import jax
 from flax import nnx
@@ -17,42 +18,49 @@ Method: TypeAlias = Callable[..., tuple[Any, Any]]
 
 
 class Program:
-    """What the modules of one graph compute on one mesh; equal ones are one, so layers of a kind are compiled once.
+    """What the modules of one graph compute on one mesh. `program_of` gives it: equal ones are one.
 
     On several devices all of it runs inside `jax.shard_map`, so that every exchange between devices is one that the
     model's code asks for.
+
+    Attributes:
+      run: `(method, leaves, pages, arguments)`, compiled for each method (static) and each shape; takes the pages away.
     """
 
     def __init__(self, graphdef: Any, treedef: Any, mesh: Mesh, specs: tuple[PartitionSpec, ...]):
-        self.graphdef, self.treedef, self.mesh, self.specs = graphdef, treedef, mesh, specs
+        self._graphdef, self._treedef, self._mesh, self._specs = graphdef, treedef, mesh, specs
         self.by_shard = NamedSharding(mesh, BY_SHARD)
+        self.run: Any = jax.jit(self._run, static_argnames="method", donate_argnames="pages")
 
-    def trace(self, method: Method, leaves: list[Any], pages: Any, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-        """The computation, in terms of JAX."""
+    def _run(self, method: Method, leaves: list[Any], pages: Any, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
         compute = partial(self._on_one_shard, method)
-        if self.mesh.size > 1:
-            inputs, outputs = (list(self.specs), BY_SHARD, BY_SHARD), (BY_SHARD, BY_SHARD)
-            compute = jax.shard_map(compute, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+        if self._mesh.size > 1:
+            inputs, outputs = (list(self._specs), BY_SHARD, BY_SHARD), (BY_SHARD, BY_SHARD)
+            compute = jax.shard_map(compute, mesh=self._mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
         return compute(leaves, pages, arguments)
 
     def _on_one_shard(self, method: Method, leaves: list[Any], pages: Any, arguments: Any) -> tuple[Any, Any]:
-        module = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+        module = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
         out, pages = method(module, pages, *jax.tree.map(lambda a: a[0], arguments))
         return jax.tree.map(lambda a: a[None], out), pages
 
 
-_program = lru_cache(maxsize=None)(Program)
+_programs: WeakValueDictionary[Any, Program] = WeakValueDictionary()
 
 
-@partial(jax.jit, static_argnames=("program", "method"), donate_argnames="pages")
-def run(program: Program, method: Hashable, leaves: Any, pages: Any, arguments: Any) -> tuple[Any, Any]:
-    """A program's method on arrays. `program` is told from others by identity: to hash a graph at every call would
-    take milliseconds a token."""
-    return program.trace(method, leaves, pages, arguments)  # pyright: ignore[reportArgumentType]
+def program_of(graphdef: Any, treedef: Any, mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Program:
+    """The program of a graph on a mesh: layers of a kind have the same, and are traced and compiled once.
+
+    To hash a graph takes milliseconds: this is for loading, not for a step.
+    """
+    key = (graphdef, treedef, mesh, specs)
+    if (program := _programs.get(key)) is None:
+        program = _programs[key] = Program(*key)
+    return program
 
 
 class Bound:
-    """A module's program with its parameters, as flat leaves for the same reason.
+    """A module's program with its parameters, as flat leaves: to flatten an NNX state at every call takes milliseconds.
 
     Args:
       graphdef, state: the module, split.
@@ -60,19 +68,19 @@ class Bound:
     """
 
     def __init__(self, graphdef: Any, state: Any, mesh: Mesh):
-        self.leaves, treedef = jax.tree.flatten(state)
-        self.program = _program(graphdef, treedef, mesh, tuple(leaf.sharding.spec for leaf in self.leaves))
+        self._leaves, treedef = jax.tree.flatten(state)
+        self.program = program_of(graphdef, treedef, mesh, tuple(leaf.sharding.spec for leaf in self._leaves))
         # Steps of several virtual CPU devices that overlap can wait for each other's threads forever.
         self._blocks = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
     def __call__(self, method: Method, pages: Any, *arguments: Any) -> tuple[Any, Any]:
         """The method's result, and the pages (given away) as it leaves them. What lies elsewhere is brought here."""
-        out = run(self.program, method, self.leaves, pages, self._brought(arguments))
+        out = self.program.run(method, self._leaves, pages, self._brought(arguments))
         return jax.block_until_ready(out) if self._blocks else out
 
     def lower(self, method: Method, pages: Any, *arguments: Any) -> jax.stages.Lowered:
         """What a call would run; arrays may be abstract."""
-        return run.lower(self.program, method, self.leaves, pages, arguments)
+        return self.program.run.lower(method, self._leaves, pages, arguments)
 
     def _brought(self, arguments: Any) -> Any:
         def bring(value: Any) -> Any:
@@ -80,3 +88,8 @@ class Bound:
             return jax.device_put(value, self.program.by_shard) if away else value
 
         return jax.tree.map(bring, arguments)
+
+
+def compiled(programs: Iterable[Program]) -> int:
+    """How many executables these have so far."""
+    return sum(program.run._cache_size() for program in set(programs))

@@ -19,6 +19,7 @@ class Limits:
       chunk: the most prompt tokens in a step, padding included.
       tile: a sequence's share of a prefill step is padded to a multiple of this.
       growth: of the lengths of prefill steps, up to `chunk`.
+      stream_above: prompts of more tokens are prefilled with streamed weights; None for never.
       shards: of the `data` axis. Each has pages of its own, and a request stays in its shard.
       pool: pages of a shard, at least those of one sequence; None for `batch` whole contexts.
     """
@@ -29,6 +30,7 @@ class Limits:
     chunk: int = 512
     tile: int = 16
     growth: int = 4
+    stream_above: int | None = None
     shards: int = 1
     pool: int | None = None
 
@@ -69,6 +71,10 @@ class Work:
     shares: tuple[Share, ...]
     decode: bool
     echo: bool = False
+
+    def streams(self, above: int | None) -> bool:
+        """Whether it has part of a prompt of more than `above` tokens."""
+        return above is not None and any(len(share.request.prompt) > above for share in self.shares)
 
     def by_shard(self, shards: int) -> list[list[Share]]:
         """The shares of each shard, in order."""

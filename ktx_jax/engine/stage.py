@@ -4,13 +4,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from ktx_jax.engine.program import BY_SHARD, Bound
+from ktx_jax.engine.program import BY_SHARD, Bound, Program
 from ktx_jax.engine.scheduler import Limits
 from ktx_jax.model.cache import Cache, Run, new_cache
 from ktx_jax.model.config import Config
@@ -20,18 +20,27 @@ from ktx_jax.sharding.load import LoadedStage
 Tail: TypeAlias = Callable[[Float[Array, "L V"], Any], Any]
 """What the last stage makes of a shard's logits: a pure, hashable function of them and arrays with a row for each."""
 
+Kind: TypeAlias = Literal["prefill", "decode", "stream"]
+"""Of a step: prompts, one token a sequence, or prompts with weights that are brought to the devices."""
+
 
 @runtime_checkable
 class Stage(Protocol):
     """What one stage computes."""
 
-    def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, decode: bool) -> Any:
+    def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> Any:
         """Adds the run to the cache; what the next stage needs, or for the last one what `tail` gives.
 
         Args:
           x: what the stage before gave, on any devices; None for the first.
           run, at, extra: arrays with a leading shard axis.
+          kind: "stream" is "prefill" where nothing is streamed.
         """
+        ...
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that it runs."""
         ...
 
 
@@ -57,13 +66,17 @@ class FusedStage:
         self._bound = {decode: _bind(loaded, decode) for decode in (False, True)}
         self.cache = stage_cache(config, loaded, limits, dtype)
 
-    def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, decode: bool) -> Any:
-        out, self.cache = self._bound[decode](_Whole(self._dtype, tail), self.cache, x, run, at, extra)
+    def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> Any:
+        out, self.cache = self._bound[kind == "decode"](_Whole(self._dtype, tail), self.cache, x, run, at, extra)
         return out
 
-    def lower(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, decode: bool) -> jax.stages.Lowered:
+    def lower(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> jax.stages.Lowered:
         """What a call would run; arrays may be abstract."""
-        return self._bound[decode].lower(_Whole(self._dtype, tail), self.cache, x, run, at, extra)
+        return self._bound[kind == "decode"].lower(_Whole(self._dtype, tail), self.cache, x, run, at, extra)
+
+    @property
+    def programs(self) -> list[Program]:
+        return [bound.program for bound in self._bound.values()]
 
 
 def _bind(loaded: LoadedStage, decode: bool) -> Bound:

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.engine.layered import LayeredStage
-from ktx_jax.engine.program import run as run_program
+from ktx_jax.engine.program import compiled
 from ktx_jax.engine.requests import Request
 from ktx_jax.engine.sampling import Draw, Drawn, sample
 from ktx_jax.engine.scheduler import Limits, Work
-from ktx_jax.engine.stage import FusedStage, Stage, Tail
+from ktx_jax.engine.stage import FusedStage, Kind, Stage, Tail
 from ktx_jax.model.cache import Run
 from ktx_jax.model.config import Config
 from ktx_jax.sharding.load import Loaded, LoadedStage
@@ -48,23 +48,23 @@ class Steps:
         self.stages = [_stage(config, stage, limits, dtype) for stage in model.stages]
         self.depth = len(self.stages)
 
-    def sample(self, run: Run, at: Int[np.ndarray, "S L"], draw: Draw, *, top: int | None, decode: bool) -> Drawn:
+    def sample(self, run: Run, at: Int[np.ndarray, "S L"], draw: Draw, *, top: int | None, kind: Kind) -> Drawn:
         """Adds the run to the cache, draws the token after each of its tokens `at`; `top` as in `sampling.sample`."""
-        return self._through(run, at, draw, Sample(top), decode)
+        return self._through(run, at, draw, Sample(top), kind)
 
-    def logits(self, run: Run, at: Int[np.ndarray, "S L"], *, decode: bool = False) -> Float[Array, "S L V"]:
+    def logits(self, run: Run, at: Int[np.ndarray, "S L"], *, kind: Kind = "prefill") -> Float[Array, "S L V"]:
         """Adds the run to the cache; float32 logits of its tokens `at`."""
-        return self._through(run, at, None, whole_logits, decode)
+        return self._through(run, at, None, whole_logits, kind)
 
     @property
     def compiled(self) -> int:
-        """How many programs this process has compiled for steps so far."""
-        return run_program._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+        """How many executables there are so far."""
+        return compiled(program for stage in self.stages for program in stage.programs)
 
-    def _through(self, run: Run, at: np.ndarray, extra: Any, tail: Tail, decode: bool) -> Any:
+    def _through(self, run: Run, at: np.ndarray, extra: Any, tail: Tail, kind: Kind) -> Any:
         x = None
         for stage in self.stages:
-            x = stage(x, run, at, extra, tail=tail, decode=decode)
+            x = stage(x, run, at, extra, tail=tail, kind=kind)
         return x
 
 

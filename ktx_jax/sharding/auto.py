@@ -8,7 +8,7 @@ from ktx_jax.errors import KtxError
 from ktx_jax.model.config import Config
 from ktx_jax.sharding.folding import fold_numbers
 from ktx_jax.sharding.granules import stored_bytes
-from ktx_jax.sharding.memory import cache_bytes, host_workspace_bytes, show_bytes, workspace_bytes
+from ktx_jax.sharding.memory import cache_bytes, chunk_tokens, host_workspace_bytes, show_bytes, workspace_bytes
 from ktx_jax.sharding.parameters import Parameter, Types, inventory
 from ktx_jax.sharding.split import split_evenly
 from ktx_jax.sharding.units import Unit, units
@@ -36,6 +36,9 @@ def choose_rules(
       KtxError: it does not fit even with all experts on the host, or the host's memory is too small for them.
     """
     model = units(inventory(config, types))
+    if config.tie_word_embeddings:  # its head is its embedding, so it has one stage
+        largest = max(range(len(memory)), key=memory.__getitem__)
+        memory = [size if index == largest else 0 for index, size in enumerate(memory)]
     moe = [unit.layer for unit in model if unit.experts and unit.layer is not None]
     for count in range(len(moe) + 1):
         away = moe[len(moe) - count :]
@@ -54,7 +57,9 @@ def choose_rules(
 
 def workspace(config: Config, sizes: Sizes) -> int:
     """Temporaries of a stage on one device."""
-    return workspace_bytes(config, config.num_attention_heads, sizes.context, sizes.batch, config.vocab_size)
+    return workspace_bytes(
+        config, config.num_attention_heads, sizes.context, sizes.batch, config.vocab_size, chunk_tokens(False)
+    )
 
 
 def _unit_bytes(config: Config, unit: Unit, sizes: Sizes, with_experts: bool) -> int:
@@ -84,7 +89,7 @@ def _split(
 
 def _check_host(config: Config, model: list[Unit], away: set[int], sizes: Sizes, host_memory: int | None) -> None:
     need = sum(_bytes(p) for unit in model if unit.layer in away for p in unit.experts)
-    need += host_workspace_bytes(config, sizes.context, sizes.batch) if away else 0
+    need += host_workspace_bytes(config, sizes.context, sizes.batch, chunk_tokens(False)) if away else 0
     if host_memory is not None and need > host_memory:
         raise KtxError(
             f"the model does not fit: the experts of layers {fold_numbers(away)} must lie on the host, which takes "

@@ -66,6 +66,8 @@ class Choices:
       by_path: what it says of each parameter and rotary embedding.
       prefill_threshold: prompts longer than this are prefilled with streamed weights; None for never.
       uncovered: whether a parameter that no rule speaks of is an error, or ignored (in a file that has other errors).
+      yielding_ops: whether an implementation that cannot run where it is asked for is left to the run, with a notice
+        (ktransformers' operators name kernels of its own), or an error.
       notices: what the user should know.
     """
 
@@ -74,5 +76,6 @@ class Choices:
     by_path: Mapping[str, Choice]
     prefill_threshold: int | None = None
     uncovered: Literal["error", "ignore"] = "error"
+    yielding_ops: bool = False
     notices: tuple[str, ...] = ()
     stage_mark: Mark = START

@@ -8,30 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import ktx_ffi
-import numpy as np
 from flax import nnx
-from gguf import GGMLQuantizationType, quants
 from jax.sharding import Mesh
 
-from ktx_jax.gguf.blocks import NATIVE_TYPES
-from ktx_jax.gguf.convert import to_q8_0
 from ktx_jax.gguf.reader import GGUF
 from ktx_jax.model.modules import Attention, Cut, DeepseekV2ForCausalLM, HeadLinear, RMSNorm
 from ktx_jax.sharding.devices import HOST
-from ktx_jax.sharding.granules import piece
-from ktx_jax.sharding.layout import Layout, grid, layout_of
+from ktx_jax.sharding.layout import Layout, layout_of
 from ktx_jax.sharding.mesh import Binding, one_device_mesh, stage_mesh
 from ktx_jax.sharding.plan import PlacedParameter, Plan
+from ktx_jax.sharding.reader import Reader
 from ktx_jax.sharding.sources import Source, find_source, unused_tensors
+from ktx_jax.sharding.streaming import NAMES, StreamedExperts, streamed_experts
 
 log = logging.getLogger("ktx_jax")
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
-_ALIGNMENT = 64  # at which a CPU `jax.Array` takes host memory as it is
 _READERS = 4  # parameters read at once; each holds at most one piece beyond the map
 
 
@@ -61,6 +56,7 @@ class LoadedStage:
       begins: whether it takes tokens, as the first one does.
       apart: paths of parameters that lie on the host, beside its devices.
       host: a mesh of the host.
+      streams: by layer, the experts that are brought to `mesh` for long prompts.
     """
 
     mesh: Mesh
@@ -70,6 +66,7 @@ class LoadedStage:
     begins: bool
     apart: frozenset[str]
     host: Mesh
+    streams: dict[int, StreamedExperts]
 
     def part(self, *, decode: bool) -> Part:
         return self.decode if decode else self.prefill
@@ -112,18 +109,40 @@ def load_model(
     meshes = [stage_mesh(plan, index, bound) for index in range(len(plan.stages))]
     host = one_device_mesh(bound[HOST])
     layouts = {
-        (p.path, op): layout_of(
-            p, host if is_apart(plan, p) else meshes[p.stage], op, k_b_transposed=plan.config.k_b_transposed
-        )
+        (p.path, op): _layout(plan, p, meshes[p.stage], host, op)
         for p in plan.parameters
         for op in {op_of(p, implementations, decode=decode) for decode in (False, True)}
     }
-    reader = _Reader(gguf, repack)
+    reader = Reader(gguf, repack)
     order = sorted(layouts, key=lambda key: _place(gguf, sources[key[0]]))
     leaves = _read(reader, [(key, layouts[key], sources[key[0]]) for key in order], progress)
     reader.report()
-    stages = tuple(stage_of(plan, index, mesh, host, implementations, leaves) for index, mesh in enumerate(meshes))
+    streams = _streams(gguf, plan, meshes, implementations, sources)
+    stages = tuple(
+        stage_of(plan, index, mesh, host, implementations, leaves, streams) for index, mesh in enumerate(meshes)
+    )
     return Loaded(stages, tuple(reader.host_weights))
+
+
+def _streams(
+    gguf: GGUF, plan: Plan, meshes: list[Mesh], implementations: Implementations, sources: dict[str, Source]
+) -> dict[int, StreamedExperts]:
+    """By layer, what brings its experts to its device. The CPU kernels read the map where they are: nothing moves."""
+    streams = {}
+    by_path = {p.path: p for p in plan.parameters}
+    for layer in range(plan.config.num_hidden_layers):
+        paths = {name: f"model.layers.{layer}.mlp.experts.{name}" for name in NAMES}
+        first = by_path.get(paths["gate_proj"])
+        if first is None or first.prefill_device is None:
+            continue
+        items = {}
+        for name, path in paths.items():
+            p = by_path[path]
+            op = p.ops.prefill or implementations.devices
+            layout = layout_of(p, meshes[p.stage], op, k_b_transposed=plan.config.k_b_transposed)
+            items[name] = (layout, sources[path])
+        streams[layer] = streamed_experts(plan.config, items, Reader(gguf, repack=False))
+    return streams
 
 
 def is_apart(plan: Plan, parameter: PlacedParameter) -> bool:
@@ -147,17 +166,25 @@ def abstract_stage(plan: Plan, index: int, mesh: Mesh, host: Mesh, implementatio
                     p, host if is_apart(plan, p) else mesh, op, k_b_transposed=plan.config.k_b_transposed
                 )
                 leaves[p.path, op] = layout.abstract()
-    return stage_of(plan, index, mesh, host, implementations, leaves)
+    return stage_of(plan, index, mesh, host, implementations, leaves, {})
 
 
 def op_of(parameter: PlacedParameter, implementations: Implementations, *, decode: bool) -> str:
     """The implementation that computes with a parameter: the rules', or the run's."""
     default = implementations.host if parameter.devices == (HOST,) else implementations.devices
-    return (parameter.ops.decode if decode else parameter.ops.prefill) or default
+    # What is streamed for long prompts has its prefill implementation there, and this one otherwise.
+    streamed = parameter.prefill_device is not None
+    return (parameter.ops.decode if decode or streamed else parameter.ops.prefill) or default
 
 
 def stage_of(
-    plan: Plan, index: int, mesh: Mesh, host: Mesh, implementations: Implementations, leaves: Leaves
+    plan: Plan,
+    index: int,
+    mesh: Mesh,
+    host: Mesh,
+    implementations: Implementations,
+    leaves: Leaves,
+    streams: dict[int, StreamedExperts],
 ) -> LoadedStage:
     """The modules of a stage around its parameters."""
     stage = plan.stages[index]
@@ -179,7 +206,8 @@ def stage_of(
     prefill = part(ops[0])
     decode = prefill if ops[0] == ops[1] else part(ops[1])
     apart = frozenset(p.path for p in mine if is_apart(plan, p))
-    return LoadedStage(mesh, stage.layers, prefill, decode, index == 0, apart, host)
+    mine_streams = {layer: streams[layer] for layer in stage.layers if layer in streams}
+    return LoadedStage(mesh, stage.layers, prefill, decode, index == 0, apart, host, mine_streams)
 
 
 def _path(key: tuple[Any, ...]) -> str:
@@ -211,7 +239,7 @@ def _report_unused(gguf: GGUF, plan: Plan, sources: list[Source]) -> None:
                     gguf.path, len(unused), ", ".join(unused[:8]) + (", ..." if len(unused) > 8 else ""))  # fmt: skip
 
 
-def _read(reader: "_Reader", items: list[tuple[Any, Layout, Source]], progress: Progress | None) -> Leaves:
+def _read(reader: Reader, items: list[tuple[Any, Layout, Source]], progress: Progress | None) -> Leaves:
     """Reads all, several at once."""
     total, done, lock = sum(source.blocks.nbytes for _, _, source in items), 0, threading.Lock()
 
@@ -227,92 +255,3 @@ def _read(reader: "_Reader", items: list[tuple[Any, Layout, Source]], progress: 
 
     with ThreadPoolExecutor(_READERS) as pool:
         return dict(zip((key for key, _, _ in items), pool.map(read, items), strict=True))
-
-
-class _Reader:
-    """Turns blocks of the file into the arrays of a layout."""
-
-    def __init__(self, gguf: GGUF, repack: bool):
-        self._gguf, self._repack = gguf, repack
-        self._lock = threading.Lock()  # the CPU kernels' repacking is parallel in itself
-        self._errors: dict[str, dict[str, float]] = {}
-        self.host_weights: list[ktx_ffi.Weights] = []
-
-    def read(self, layout: Layout, source: Source) -> Any:
-        blocks = self._blocks(layout, source)
-        leaf = self._handles(layout, blocks) if layout.form == "host" else self._arrays(layout, blocks)
-        if self._repack or layout.form != "host":
-            self._gguf.release(source.tensor)
-        return leaf
-
-    def _blocks(self, layout: Layout, source: Source) -> np.ndarray:
-        """The whole parameter as its layout has it, before it is cut: a view of the map wherever that is possible."""
-        blocks, kind = source.blocks, source.ggml_type
-        if layout.form == "dense":
-            return _dense(blocks, kind)
-        if layout.turned:
-            turned = np.ascontiguousarray(_dense(blocks, kind).swapaxes(1, 2).astype(np.float16))
-            return turned[..., None].view(np.uint8)
-        if kind == layout.ggml_type:
-            return blocks
-        if kind not in NATIVE_TYPES:
-            blocks, error = to_q8_0(blocks, kind)
-            with self._lock:
-                self._errors.setdefault(kind.name, {})[source.path] = error
-            return blocks
-        return _dense(blocks, kind)[..., None].view(np.uint8)  # a router that the file does not have in float32
-
-    def _piece(self, layout: Layout, whole: np.ndarray, part: tuple[int, ...]) -> np.ndarray:
-        """One part of it."""
-        *rows, last = (
-            slice(index * size // count, (index + 1) * size // count)
-            for index, size, count in zip(part, layout.shape, layout.cuts, strict=True)
-        )
-        if layout.form == "dense":
-            return whole[(*rows, last)]
-        return piece(whole[tuple(rows)], layout.ggml_type, layout.cuts[-1], part[-1])
-
-    def _arrays(self, layout: Layout, whole: np.ndarray) -> Any:
-        arrays = []
-        for part, devices in layout.places().items():
-            value = self._piece(layout, whole, part)
-            for device in devices:
-                # Memory that only this array has: a CPU device takes it as it is, others copy from it.
-                arrays.append(jax.device_put(_aligned_copy(value) if device.platform == "cpu" else value, device))
-        jax.block_until_ready(arrays)
-        return layout.wrap(jax.make_array_from_single_device_arrays(layout.leaf_shape, layout.sharding, arrays))
-
-    def _handles(self, layout: Layout, whole: np.ndarray) -> Any:
-        # Rows of the embedding are looked up one by one: they stay the file's blocks.
-        repack = self._repack and not layout.path.endswith("embed_tokens")
-        with self._lock:
-            weights = {
-                part: ktx_ffi.Weights(self._piece(layout, whole, part), layout.ggml_type, repack=repack)
-                for part in layout.places()
-            }
-            self.host_weights.extend(weights.values())
-        handles = grid(layout, {part: each.handle for part, each in weights.items()})
-        return layout.wrap(
-            jax.make_array_from_callback(layout.leaf_shape, layout.sharding, lambda index: handles[index])
-        )
-
-    def report(self) -> None:
-        for kind, errors in self._errors.items():
-            log.warning(
-                "%d tensors of type %s were converted to Q8_0 while loading, at a relative error of %.1e (RMS)",
-                len(errors), kind, float(np.sqrt(np.mean(np.square(list(errors.values()))))),
-            )  # fmt: skip
-
-
-def _dense(blocks: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    *lead, nb, size = blocks.shape
-    return quants.dequantize(blocks.reshape(*lead, nb * size), kind).astype(np.float32)
-
-
-def _aligned_copy(value: np.ndarray) -> np.ndarray:
-    """A copy at an address that a CPU array can adopt, so that the weights lie in memory once."""
-    memory = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    copy = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
-    np.copyto(copy, value)
-    return copy

@@ -9,10 +9,14 @@ from ktx_jax.model.config import Config
 
 PAGE = 64
 """Positions in a page of the cache."""
-CHUNK = 512
-"""The most tokens of prompts in a step."""
+_CHUNK, _STREAMED_CHUNK = 512, 2048
 CACHE_BYTES = {"bfloat16": 2, "float32": 4}
 _TILES = 64 << 20  # tiles of dequantized weights and of scores, of any model
+
+
+def chunk_tokens(streams: bool) -> int:
+    """The most tokens of prompts in a step: more where weights are streamed for it, as they come once a step."""
+    return _STREAMED_CHUNK if streams else _CHUNK
 
 
 @dataclass(frozen=True)
@@ -55,22 +59,23 @@ def cache_bytes(config: Config, layers: int, context: int, batch: int, dtype: st
     return layers * pages * PAGE * config.latent_dim * CACHE_BYTES[dtype]
 
 
-def workspace_bytes(config: Config, heads: int, context: int, batch: int, head_rows: int) -> int:
+def workspace_bytes(config: Config, heads: int, context: int, batch: int, head_rows: int, chunk: int) -> int:
     """An estimate of a stage's temporaries: the activations of one layer, and the logits, in float32.
 
     Args:
       heads: attention heads on a device.
       head_rows: rows of the head on a device, 0 where it is another stage's.
+      chunk: the most tokens of a step.
     """
-    tokens = min(CHUNK, context * batch)
+    tokens = min(chunk, context * batch)
     widest = max(config.intermediate_size, config.num_experts_per_tok * config.moe_intermediate_size)
     values = 6 * config.hidden_size + 3 * heads * config.latent_dim + 2 * widest
     return 4 * (tokens * values + 2 * batch * head_rows) + _TILES
 
 
-def host_workspace_bytes(config: Config, context: int, batch: int) -> int:
+def host_workspace_bytes(config: Config, context: int, batch: int, chunk: int) -> int:
     """Activations that go to the host and come back, and what its experts compute in between."""
-    tokens = min(CHUNK, context * batch)
+    tokens = min(chunk, context * batch)
     return 4 * tokens * (2 * config.hidden_size + 3 * config.num_experts_per_tok * config.moe_intermediate_size)
 
 

@@ -10,6 +10,8 @@ from ktx_jax.sharding.granules import GRANULES, stored_bytes
 from ktx_jax.sharding.parameters import Parameter
 from ktx_jax.sharding.problems import START, Findings
 
+_BY_HEAD = ("self_attn.k_b_proj", "self_attn.v_b_proj")
+
 BIG = 10**6
 """Bytes from which a parameter is repeated only where a rule says `replicate`."""
 
@@ -64,6 +66,20 @@ def _check_cuts(
     parameter: Parameter, spec: Spec, choice: Choice, mesh: Mapping[str, int], config: Config, findings: Findings
 ) -> bool:
     last, good = len(parameter.shape) - 1, True
+    if any("data" in axes for axes in spec):
+        findings.add_path(
+            choice.shard_mark,
+            "{path} would be cut over `data`, which splits requests, not weights: cut it over `expert` or `tensor`",
+            parameter.path,
+        )
+        return False
+    if parameter.kind in _BY_HEAD and any(spec[1:]):
+        findings.add_path(
+            choice.shard_mark,
+            f"{{path}} can be cut by heads alone, its dimension 0; {_show(parameter)}",
+            parameter.path,
+        )
+        return False
     for axis, (size, parts) in enumerate(zip(parameter.shape, cuts(spec, mesh), strict=True)):
         if parts == 1:
             continue

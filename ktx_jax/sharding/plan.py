@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Plan`: for every parameter of a model its stage, devices, partition, bytes and operators, before a byte is read."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,16 +17,18 @@ from ktx_jax.sharding.memory import (
     CACHE_BYTES,
     Need,
     cache_bytes,
+    chunk_tokens,
     host_workspace_bytes,
     sum_needs,
     workspace_bytes,
 )
-from ktx_jax.sharding.operators import check_operators
+from ktx_jax.sharding.operators import check_operators, runnable_ops, yielded_notice
 from ktx_jax.sharding.parameters import Inventory, Types, inventory
 from ktx_jax.sharding.partition import cuts, partition, piece_bytes
 from ktx_jax.sharding.placement import Placement, place
 from ktx_jax.sharding.problems import Findings
 from ktx_jax.sharding.rules import Rules
+from ktx_jax.sharding.runnable import check_layers
 from ktx_jax.sharding.units import units
 
 GPU = "gpu"
@@ -151,7 +152,7 @@ class Plan:
         if batch < 1 or self.dtype not in CACHE_BYTES:
             raise KtxError(f"batch should be at least 1 and dtype one of {', '.join(CACHE_BYTES)}; "
                            f"found {batch} and {self.dtype!r}")  # fmt: skip
-        return dataclasses.replace(self, context=context, batch=batch)
+        return replace(self, context=context, batch=batch)
 
     @cached_property
     def devices(self) -> tuple[str, ...]:
@@ -168,9 +169,16 @@ class Plan:
             parts += [(name, self._stage_need(index, stage)) for name in stage.devices]
         parts += [(name, Need(streamed=count)) for name, count in self._streamed().items()]
         if any(p.devices == (HOST,) != self.stages[p.stage].devices for p in self.parameters):
-            parts.append((HOST, Need(workspace=host_workspace_bytes(self.config, self.context, self.batch))))
+            parts.append(
+                (HOST, Need(workspace=host_workspace_bytes(self.config, self.context, self.batch, self.chunk)))
+            )
         needs = sum_needs(parts)
         return {name: needs[name] for name in self.devices}
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens of prompts in a step."""
+        return chunk_tokens(self.prefill_threshold is not None)
 
     def _stage_need(self, index: int, stage: Stage) -> Need:
         data = self.mesh.get("data", 1)
@@ -182,7 +190,7 @@ class Plan:
             heads //= cuts(attention.spec, self.mesh)[0]
         head = here.get("lm_head")
         rows = 0 if head is None else head.shape[0] // cuts(head.spec, self.mesh)[0]
-        workspace = workspace_bytes(self.config, heads, self.context, -(-self.batch // data), rows)
+        workspace = workspace_bytes(self.config, heads, self.context, -(-self.batch // data), rows, self.chunk)
         return Need(cache=cache, workspace=workspace)
 
     def _streamed(self) -> dict[str, int]:
@@ -247,11 +255,15 @@ def _build(
 ) -> Plan:  # fmt: skip
     placement = place(choices, model, findings)
     parameters = []
+    yielded: set[str | None] = set()
     for parameter in model.parameters:
         home, choice = placement.by_path[parameter.path], choices.by_path[parameter.path]
         mesh = choices.mesh if len(home.devices) > 1 else dict.fromkeys(choices.mesh, 1)
         covered = len(home.devices) > 1 and choices.uncovered == "error"
         spec = partition(parameter, choice, mesh, model.config, covered, findings)
+        if choices.yielding_ops:
+            asked, choice = choice.ops, replace(choice, ops=runnable_ops(choice, home, platform))
+            yielded |= {asked.decode, asked.prefill} - {choice.ops.decode, choice.ops.prefill, None}
         check_operators(parameter, choice, home, platform, findings)
         parameters.append(
             PlacedParameter(
@@ -260,9 +272,10 @@ def _build(
                 home.prefill,
             )
         )  # fmt: skip
+    check_layers(model, placement, {p.path: p.spec for p in parameters}, choices, findings)
     return Plan(
         name, model.config, dict(choices.mesh), _stages(model, placement), tuple(parameters),
-        context, batch, dtype, choices.prefill_threshold, platform, choices.notices,
+        context, batch, dtype, choices.prefill_threshold, platform, (*choices.notices, *yielded_notice(yielded)),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def resolve_ktransformers(rules: KTransformersRules, inventory: Inventory, findi
         notices.insert(
             0, f"no rule matches {', '.join(fold_paths(uncovered))}: placed on {FIRST_DEVICE}, as ktransformers does"
         )
-    return Choices({}, None, by_path, threshold, notices=tuple(notices))
+    return Choices({}, None, by_path, threshold, yielding_ops=True, notices=tuple(notices))
 
 
 def _walk(rules: KTransformersRules, config: Config) -> Taken:

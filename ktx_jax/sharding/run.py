@@ -4,6 +4,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
@@ -63,10 +64,11 @@ def free_memory(device: jax.Device, count: int) -> int:
     if (stats := device.memory_stats()) is not None and "bytes_limit" in stats:
         return round(_ROOM * (stats["bytes_limit"] - stats["bytes_in_use"]))
     try:
-        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError) as error:  # not every system tells
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError) as error:  # not Linux
         raise KtxError(f"the memory of {device} is not known: give a rule file in place of 'auto'") from error
-    return round(_ROOM * pages / count)
+    return round(_ROOM * available / count)
 
 
 def _check_memory(plan: Plan, devices: Sequence[jax.Device]) -> None:

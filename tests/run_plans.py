@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs small models by every file of `configs` on nine virtual devices; prints what came of each as a line of JSON.
+
+In a process of its own, since the number of devices is settled when JAX starts: python run_plans.py FOLDER.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=9"
+
+import jax
+import numpy as np
+from golden_models import mean_kl, token_kl
+from plan_golden import CONFIGS
+from plan_models import BETWEEN, INSIDE, cut_layers, small_model
+
+from ktx_jax import LLM, Rules, SamplingParams
+
+PROMPTS = [list(range(40, 75)), [7], list(range(300, 311)), [5, 6, 5]]
+LONG = [*range(1000, 1050), *range(2000, 2020)]
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+
+def load(path: Path, implementation: str, rules: Rules | None = None) -> LLM:
+    return LLM(path, context=128, batch=4, dtype="float32", implementation=implementation, rules=rules)
+
+
+def answers(llm: LLM) -> list[list[int]]:
+    return [list(reply.token_ids) for reply in llm.generate(PROMPTS, GREEDY)]
+
+
+def bytes_by_device(llm: LLM) -> dict[str, list[int]]:
+    """Planned bytes of parameters that are arrays, and those that live on each device."""
+    live: Counter[jax.Device] = Counter()
+    for stage in llm._model.stages:
+        for leaf in jax.tree.leaves(stage.decode.state):
+            for shard in leaf.addressable_shards:
+                live[shard.device] += shard.data.nbytes
+    names = [name for name in llm.plan.devices if name != "cpu"]
+    return {name: [llm.plan.needs[name].weights, live[jax.devices()[int(name[4:])]]] for name in names}
+
+
+def in_terms_of(text: str, implementation: str) -> str:
+    """Rules that name an implementation, for the one that is tested."""
+    if implementation == "xla":
+        return text.replace("decode: ffi", "decode: xla").replace("KExpertsCPU", "KExpertsTorch")
+    return text
+
+
+@cache
+def alone(path: Path, implementation: str) -> tuple[np.ndarray, list[list[int]]]:
+    """What the model answers on one device."""
+    llm = load(path, implementation)
+    return llm.logits(LONG), answers(llm)
+
+
+def main(folder: Path) -> None:
+    for config in CONFIGS:
+        text, layers = cut_layers(config.read_text(encoding="utf-8"))
+        for implementation, shapes in (("xla", INSIDE), ("ffi", BETWEEN)):
+            path = small_model(shapes[config.parent.name], layers, folder)
+            logits, replies = alone(path, implementation)
+            exact, _ = alone(path, "xla")
+            llm = load(path, implementation, Rules.from_text(in_terms_of(text, implementation), config.name))
+            mine = llm.logits(LONG)
+            found = {
+                "config": f"{config.parent.name}/{config.stem}",
+                "implementation": implementation,
+                "kl": mean_kl(logits, mine),
+                "median_kl": float(np.median(token_kl(logits, mine))),
+                "kl_from_exact": [mean_kl(exact, logits), mean_kl(exact, mine)],
+                "same": answers(llm) == replies,
+                "bytes": bytes_by_device(llm),
+            }
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
