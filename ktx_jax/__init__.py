@@ -4,6 +4,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ktx_jax.async_engine import AsyncEngine, DeadlineExceeded, EngineClosed, QueueFull, ReplyStream, Stats
+    from ktx_jax.engine.grammar import Grammar
     from ktx_jax.engine.requests import SamplingParams
     from ktx_jax.errors import KtxError
     from ktx_jax.gguf.errors import GGUFError
@@ -14,12 +16,14 @@ if TYPE_CHECKING:
     from ktx_jax.tokenizer import Tokenizer
 
 __all__ = [
-    "LLM", "Chunk", "Completion", "Config", "GGUFError", "KtxError", "Plan", "Rules", "SamplingParams", "Tokenizer",
-    "load_config",
+    "LLM", "AsyncEngine", "Chunk", "Completion", "Config", "DeadlineExceeded", "EngineClosed", "GGUFError", "Grammar",
+    "KtxError", "Plan", "QueueFull", "ReplyStream", "Rules", "SamplingParams", "Stats", "Tokenizer", "load_config",
 ]  # fmt: skip
 
 _HOMES = {
     "ktx_jax.llm": ("LLM", "Chunk", "Completion", "load_config"),
+    "ktx_jax.async_engine": ("AsyncEngine", "DeadlineExceeded", "EngineClosed", "QueueFull", "ReplyStream", "Stats"),
+    "ktx_jax.engine.grammar": ("Grammar",),
     "ktx_jax.engine.requests": ("SamplingParams",),
     "ktx_jax.errors": ("KtxError",),
     "ktx_jax.gguf.errors": ("GGUFError",),

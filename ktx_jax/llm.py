@@ -7,7 +7,7 @@ import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -82,7 +82,9 @@ class LLM:
     Args:
       path: a GGUF file, any part of a split set, or a directory that holds one model.
       context: the most tokens of a sequence, prompt and reply together.
-      batch: the most sequences that run at once; the cache is made for `batch` whole contexts.
+      batch: the most sequences that run at once.
+      cache_tokens: how many tokens the cache holds, at least one context; None for `batch` whole contexts. With fewer,
+        sequences that do not fit together give way to older ones and are computed anew.
       dtype: "float32" (exact) or "bfloat16", of activations and cache. Weights stay as the file has them.
       implementation: of the heavy operations: "xla" is exact and runs everywhere, "ffi" is fast on CPUs (activations
         become int8 where weights are quantized). None takes the fast one where it runs.
@@ -109,6 +111,7 @@ class LLM:
         *,
         context: int = 4096,
         batch: int = 8,
+        cache_tokens: int | None = None,
         dtype: str = "bfloat16",
         implementation: str | None = None,
         override: Mapping[str, Any] | None = None,
@@ -135,7 +138,7 @@ class LLM:
             self.config = config_from_gguf(gguf.metadata, gguf.tensors, override=override, file=str(path))
             wanted = Sizes(context, batch, dtype)
             self.plan = plan_run(gguf, self.config, rules, devices, wanted)
-            limits = _limits(self.plan, implementations)
+            limits = _limits(self.plan, implementations, cache_tokens)
             self.tokenizer = Tokenizer.from_gguf(gguf)
             self.chat_template: str | None = chat_template or gguf.metadata.get("tokenizer.chat_template")
             self._devices = devices
@@ -296,14 +299,20 @@ def _set_cpu_threads(count: int) -> None:
         ktx_ffi.set_threads(count)
 
 
-def _limits(plan: Plan, implementations: Implementations) -> Limits:
+def _limits(plan: Plan, implementations: Implementations, cache_tokens: int | None) -> Limits:
+    if cache_tokens is not None and cache_tokens < plan.context:
+        raise KtxError(f"cache_tokens should be at least the context of {plan.context}; found {cache_tokens}")
     shards = plan.stages[0].data(plan.mesh)
     batch = -(-plan.batch // shards)
     prefill = {op_of(p, implementations, decode=False) for p in plan.parameters if p.path.endswith("self_attn.o_proj")}
     stream = plan.prefill_threshold
     # The CPU kernels compute every padded row, and take sequences of any length side by side.
     tile, growth = (1, 2) if prefill == {"ffi"} else (16, 4)
-    return Limits(
+    limits = Limits(
         plan.context, batch, chunk=plan.chunk, tile=tile, growth=growth,
         stream_above=stream, shards=shards,
     )  # fmt: skip
+    if cache_tokens is None:
+        return limits
+    pool = max(limits.pages_per_sequence, -(-cache_tokens // (shards * limits.page)))
+    return replace(limits, pool=min(pool, limits.pages))

@@ -114,4 +114,4 @@ def test_drawn_tokens_are_the_most_likely_of_the_logits(engine, llm):
         assert request.finish_reason == "length"
         logits = engine.logits(request.prompt + request.output)
         assert logits[len(request.prompt) - 1 : -1].argmax(-1).tolist() == request.output
-    assert len(engine._scheduler.free_pages[0]) == SMALL_LIMITS.pages
+    assert engine.stats().pages_free == SMALL_LIMITS.pages

@@ -30,7 +30,7 @@ def nothing_left_behind(llm):
     scheduler = llm._engine._scheduler
     assert not scheduler.running
     assert not scheduler.waiting
-    assert sorted(scheduler.free_pages[0]) == list(range(scheduler.limits.pages))
+    assert scheduler.pages[0].available == scheduler.limits.pages
 
 
 def one(llm, prompt=PROMPT, **params):
@@ -102,7 +102,7 @@ def test_stop_text(llm):
     ],
 )
 def test_a_bad_prompt_is_an_error_before_any_work(llm, prompt, message, monkeypatch):
-    monkeypatch.setattr(llm._engine, "_sample", lambda work: pytest.fail("a step was computed"))
+    monkeypatch.setattr(llm._engine, "_start", lambda work: pytest.fail("a step was computed"))
     with pytest.raises(KtxError, match=message):
         llm.generate([PROMPT, prompt], GREEDY)
     with pytest.raises(KtxError, match=message):

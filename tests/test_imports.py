@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the faces down. A room may import its own level and those below.
 LEVELS = [
     {"cli", "commands", "server", "evaluate", "aot"},
-    {"llm"},
+    {"llm", "async_engine"},
     {"engine"},
     {"sharding", "synth", "presets"},
     {"model"},

@@ -8,17 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktx_jax.engine.requests import SamplingParams
-from ktx_jax.engine.sampling import Draw, sample
+from ktx_jax.engine.edits import make_edits
+from ktx_jax.engine.requests import Request, SamplingParams
+from ktx_jax.engine.sampling import Draw, Edits, _edit, sample, sample_edited
+from ktx_jax.engine.scheduler import Share, Work
 from ktx_jax.errors import KtxError
 
 
-def draw(rows, temperature=1.0, top_p=1.0, top_k=0, seed=0, position=None):
+def draw(rows, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, position=None):
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), (rows,))
     return Draw(
         temperature=jnp.full(rows, temperature, jnp.float32),
         top_p=jnp.full(rows, top_p, jnp.float32),
         top_k=jnp.full(rows, top_k, jnp.int32),
+        min_p=jnp.full(rows, min_p, jnp.float32),
         seed=jnp.asarray(np.stack([np.zeros_like(seeds), seeds], axis=1)),
         position=jnp.asarray(np.arange(rows) if position is None else position, jnp.int32),
     )
@@ -53,6 +56,10 @@ def test_draws_follow_the_distribution():
         ({"top_p": 0.81}, {0, 1, 2}),
         ({"top_p": 0.6, "top_k": 2}, {0}),  # after top_k the first holds 0.625
         ({"top_p": 1e-6}, {0}),
+        ({"min_p": 0.29}, {0, 1, 2}),
+        ({"min_p": 0.31}, {0, 1}),
+        ({"min_p": 1.0}, {0}),
+        ({"min_p": 0.31, "top_p": 0.5}, {0}),
         ({"temperature": 0.01}, {0}),
     ],
 )
@@ -83,11 +90,68 @@ def test_nucleus_equals_the_sorted_definition():
     assert set(np.asarray(tokens).tolist()) <= set(nucleus.tolist())
 
 
+def edits(rows, size, **changes):
+    none = {
+        "tokens": np.full((rows, 4), size, np.int32),
+        "factor": np.ones((rows, 4), np.float32),
+        "add": np.zeros((rows, 4), np.float32),
+        "allowed": np.full((rows, -(-size // 32)), 0xFFFFFFFF, np.uint32),
+    }
+    return Edits(**{name: jnp.asarray(value) for name, value in (none | changes).items()})
+
+
+def test_edits_are_made_where_they_are_asked_for():
+    logits = np.asarray(jax.random.normal(jax.random.key(1), (3, 50)))
+    tokens = np.asarray([[3, 40, 7, 50], [50] * 4, [0, 49, 50, 50]], np.int32)
+    factor = np.asarray([[2, 0.5, 1, 9], [9] * 4, [1, 3, 1, 1]], np.float32)
+    add = np.asarray([[0, 1, -5, 9], [9] * 4, [4, 0, 0, 0]], np.float32)
+    allowed = np.asarray([[0xFFFFFFFF] * 2, [0xFFFFFFFF] * 2, [1 << 31 | 1, 1 << 17]], np.uint32)  # 31, 0, 49
+    truth = logits.copy()
+    for row in range(3):
+        for token, f, a in zip(tokens[row], factor[row], add[row], strict=True):
+            if token < 50:
+                x = logits[row, token]
+                truth[row, token] = (x / f if x > 0 else x * f) + a
+    truth[2, [i for i in range(50) if i not in (0, 31, 49)]] = -np.inf
+    edited = _edit(jnp.asarray(logits), edits(3, 50, tokens=tokens, factor=factor, add=add, allowed=allowed))
+    np.testing.assert_array_equal(edited, truth)
+
+
+def test_edited_rows_in_a_program_of_their_own():
+    """The same draws as within the step; log-probabilities stay those of the logits as they were."""
+    logits = jax.random.normal(jax.random.key(2), (2, 3, 50)) * 3
+    options = draw(6, temperature=0.8, top_p=0.9, seed=np.arange(6))
+    options = jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), options)
+    none = jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), edits(6, 50))
+    drawn = sample_edited(logits, options, none, top=2)
+    for shard in range(2):
+        plain = sample_jit(logits[shard], jax.tree.map(lambda a, s=shard: a[s], options), top=2)
+        np.testing.assert_array_equal(drawn.token[shard], plain.token)
+        np.testing.assert_array_equal(drawn.top_ids[shard], plain.top_ids)
+        np.testing.assert_allclose(drawn.logprob[shard], plain.logprob, rtol=1e-6)
+
+
+def test_penalties_count_the_reply_and_repetition_the_prompt_too():
+    params = SamplingParams(
+        presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.5, logit_bias={4: 2.0, 9: -1.0}
+    )
+    request = Request([1, 2, 2], params, 10, output=[4, 5, 5], pages=[0])
+    request.counts.update(request.output)
+    work = Work((Share(request, 5, 6), Share(Request([1], SamplingParams(), 10), 0, 1)), decode=True)
+    made = make_edits(work, 1, 2, 64)
+    row = {t: (f, a) for t, f, a in zip(made.tokens[0, 0], made.factor[0, 0], made.add[0, 0], strict=True) if t < 64}
+    assert row == {1: (1.5, 0), 2: (1.5, 0), 4: (1.5, 1.25), 5: (1.5, -1.0), 9: (1.0, -1.0)}
+    assert (made.tokens[0, 1] == 64).all()
+    assert (made.allowed == 0xFFFFFFFF).all()
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1},
-        {"seed": -1}, {"stop": [""]}, {"logprobs": 21}, {"max_tokens": 0},
+        {"seed": -1}, {"stop": [""]}, {"logprobs": 21}, {"max_tokens": 0}, {"min_p": 1.5}, {"presence_penalty": 3},
+        {"frequency_penalty": float("nan")}, {"repetition_penalty": 0}, {"logit_bias": {3: 101}},
+        {"logit_bias": {-1: 1}}, {"logit_bias": dict.fromkeys(range(1025), 1)}, {"stop_token_ids": [-2]},
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(bad):

@@ -4,19 +4,50 @@
 import operator
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from ktx_jax.engine.requests import MAX_LOGPROBS, Request, SamplingParams, TokenLogprob
-from ktx_jax.engine.sampling import Drawn
-from ktx_jax.engine.scheduler import Limits, Scheduler, Share, Work
+from ktx_jax.engine.echo import Echoed, logprob_at, start_echo, take_echo
+from ktx_jax.engine.edits import make_edits, wants_edits
+from ktx_jax.engine.requests import MAX_LOGPROBS, Echo, Request, SamplingParams, TokenLogprob
+from ktx_jax.engine.sampling import Drawn, logprobs_of, sample_edited
+from ktx_jax.engine.scheduler import Limits, Scheduler, Work
 from ktx_jax.engine.stage import Kind
 from ktx_jax.engine.step import Steps, make_draw, make_run
 from ktx_jax.errors import KtxError
 from ktx_jax.model.config import Config
+
+
+@dataclass(frozen=True)
+class Stats:
+    """How an engine is doing. Sums count from its start.
+
+    Attributes:
+      running, waiting: requests now.
+      batch: how many can run at once.
+      pages_total, pages_free: cache pages; free ones include those that only the prefix cache holds.
+      prompt_tokens: tokens of the prompts of requests that were let in.
+      cached_tokens: how many of those the prefix cache spared.
+      generated_tokens: tokens drawn.
+      finished: requests that ended, whatever the reason.
+      preemptions: how often a request had to give its pages to an older one, to be computed anew.
+    """
+
+    running: int
+    waiting: int
+    batch: int
+    pages_total: int
+    pages_free: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    finished: int
+    preemptions: int
 
 
 class Engine:
@@ -32,21 +63,66 @@ class Engine:
     ):
         self.config, self.steps, self.limits, self.eos_ids = config, steps, limits, eos_ids
         self._scheduler = Scheduler(limits, steps.depth)
-        self._flight: deque[tuple[Work, Drawn]] = deque()
+        self._flight: deque[tuple[Work, Int[np.ndarray, "S L"], Drawn | Echoed]] = deque()
+        self._generated = 0
         self._lock = threading.RLock()
 
     def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
         """Queues a prompt; its tokens arrive in `Request.unread` as `step` is called.
 
         Raises:
-          KtxError: the prompt is empty, leaves no room for a token, or holds an id outside the vocabulary.
+          KtxError: the prompt is empty, leaves no room for a token, or it or `params` name an id that is no token's.
         """
+        request = self.make_request(prompt, params)
+        self.enqueue(request)
+        return request
+
+    def make_request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """A request to `enqueue`; errors as of `add`."""
         prompt = self.check_prompt(prompt, room=1)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
         room = self.limits.context - len(prompt)
-        request = Request(prompt, params, min(params.max_tokens or room, room))
+        return Request(prompt, params, min(params.max_tokens or room, room))
+
+    def make_echo(self, tokens: Sequence[int], top: int | None) -> Request:
+        """A request to `enqueue` that asks about its own tokens; the answers gather in `Request.echo`."""
+        if top is not None and not 0 <= top <= MAX_LOGPROBS:
+            raise KtxError(f"top should be 0 to {MAX_LOGPROBS}; found {top}")
+        return Request(self.check_prompt(tokens, room=0), SamplingParams(), 0, echo=Echo(top))
+
+    def enqueue(self, request: Request) -> None:
         with self._lock:
             self._scheduler.add(request)
-        return request
+
+    def pace(self, tokens: int) -> None:
+        """Sets how many prompt tokens a step takes at most, so how long newcomers wait.
+
+        Not where long prompts stream weights: each of their steps brings all of them, however few its tokens.
+        """
+        if self.limits.stream_above is None:
+            self._scheduler.room = max(self.limits.tile, min(tokens, self.limits.chunk))
+
+    @property
+    def compiled(self) -> int:
+        """How many programs there are so far."""
+        return self.steps.compiled + sample_edited._cache_size() + logprobs_of._cache_size()
+
+    def stats(self) -> Stats:
+        """Figures for metrics; does not wait for the step that is being computed."""
+        scheduler = self._scheduler
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            batch=self.limits.batch * self.limits.shards,
+            pages_total=self.limits.pages * self.limits.shards,
+            pages_free=sum(pool.available for pool in scheduler.pages),
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+            generated_tokens=self._generated,
+            finished=scheduler.finished,
+            preemptions=scheduler.preemptions,
+        )
 
     def check_prompt(self, prompt: Sequence[int], *, room: int) -> list[int]:
         """The prompt as a list, if it and `room` more tokens fit."""
@@ -58,9 +134,12 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens; a context of {limit} holds at most {limit - room} "
                 "(raise `context`, or shorten the prompt)"
             )
-        if bad := [token for token in prompt if not 0 <= token < self.config.vocab_size]:
-            raise KtxError(f"token id {bad[0]} is outside the vocabulary of {self.config.vocab_size}")
+        self._check_ids("the prompt", prompt)
         return prompt
+
+    def _check_ids(self, where: str, tokens: Iterable[int]) -> None:
+        if bad := [token for token in tokens if not 0 <= token < self.config.vocab_size]:
+            raise KtxError(f"{where}: token id {bad[0]} is outside the vocabulary of {self.config.vocab_size}")
 
     def abort(self, request: Request) -> None:
         """Ends a request early; does nothing to one that has ended."""
@@ -78,64 +157,74 @@ class Engine:
         """Starts as many steps as may be in flight and takes what the oldest drew; False if there was nothing to do."""
         with self._lock:
             while len(self._flight) < self.steps.depth and (work := self._scheduler.next_work()) is not None:
-                self._flight.append((work, self._sample(work)))
+                self._flight.append(self._start(work))
             if not self._flight:
                 return False
-            work, drawn = self._flight.popleft()
-            drawn = jax.device_get(drawn)
+            work, last, result = self._flight.popleft()
+            result = jax.device_get(result)
             self._scheduler.landed(work)
+            if isinstance(result, Echoed):
+                take_echo(result, work, last)
             for shard, shares in enumerate(work.by_shard(self.limits.shards)):
                 for row, share in enumerate(shares):
-                    self._take(share, (shard, row), drawn)
+                    if not share.samples or share.request.finish_reason is not None:  # it may have ended meanwhile
+                        continue
+                    if isinstance(result, Echoed):
+                        self._scheduler.finish(share.request, "stop")
+                    else:
+                        self._take(share.request, (shard, row), result)
             return True
 
-    def _sample(self, work: Work) -> Drawn:
-        requests = [share.request for share in work.shares]
-        wanted = [r.params.logprobs for r in requests if r.params.logprobs is not None]
-        top = None if not wanted else min(MAX_LOGPROBS, self.config.vocab_size) if any(wanted) else 0
+    def _start(self, work: Work) -> tuple[Work, Int[np.ndarray, "S L"], Drawn | Echoed]:
         run, last = make_run(work, self.limits)
-        return self.steps.sample(run, last, make_draw(work, *last.shape), top=top, kind=self._kind(work))
+        kind = self._kind(work)
+        if work.echo:
+            return work, last, start_echo(self.steps, work, run, last, kind)
+        wanted = [share.request.params.logprobs for share in work.shares if share.request.params.logprobs is not None]
+        top = None if not wanted else min(MAX_LOGPROBS, self.config.vocab_size) if any(wanted) else 0
+        shards, rows = last.shape
+        draw = make_draw(work, shards, rows)
+        if not any(share.samples and wants_edits(share.request) for share in work.shares):
+            return work, last, self.steps.sample(run, last, draw, top=top, kind=kind)
+        logits = self.steps.logits(run, last, kind=kind)  # computed while we find what the grammars allow
+        edits = make_edits(work, shards, rows, self.config.vocab_size)
+        return work, last, sample_edited(logits, draw, edits, top=top)
 
     def _kind(self, work: Work) -> Kind:
         return "decode" if work.decode else "stream" if work.streams(self.limits.stream_above) else "prefill"
 
-    def _take(self, share: Share, row: tuple[int, int], drawn: Drawn) -> None:
-        request, token = share.request, int(drawn.token[row])
-        if request.finish_reason is not None or not share.samples:  # it may have ended while its step was in flight
+    def _take(self, request: Request, row: tuple[int, int], drawn: Drawn) -> None:
+        if request.error is not None:
+            self._scheduler.finish(request, "abort")
             return
-        wanted, logprob = request.params.logprobs, None
-        if wanted is not None:
-            assert drawn.logprob is not None
-            assert drawn.top_ids is not None
-            assert drawn.top_logprobs is not None
-            pairs = zip(drawn.top_ids[row][:wanted].tolist(), drawn.top_logprobs[row][:wanted].tolist(), strict=True)
-            logprob = TokenLogprob(token, float(drawn.logprob[row]), tuple(pairs))
+        token, wanted = int(drawn.token[row]), request.params.logprobs
         request.output.append(token)
-        request.unread.append((token, logprob))
-        if token in self.eos_ids and not request.params.ignore_eos:
+        request.counts[token] += 1
+        self._generated += 1
+        request.unread.append((token, None if wanted is None else logprob_at(drawn, row, wanted)))
+        match = request.match
+        if match is not None:
+            match.accept(token)
+        ends = token in self.eos_ids and (match is not None or not request.params.ignore_eos)
+        if ends or token in request.params.stop_token_ids or (match is not None and match.complete):
             self._scheduler.finish(request, "stop")
         elif len(request.output) >= request.limit:
             self._scheduler.finish(request, "length")
 
     def logits(self, tokens: Sequence[int]) -> Float[np.ndarray, "T V"]:
-        """Logits of every position of one sequence, float32, in chunks through the cache."""
-        request = Request(self.check_prompt(tokens, room=0), SamplingParams(), 0)
-        with self._lock:
-            while (pages := self._scheduler.borrow(-(-request.length // self.limits.page), request.shard)) is None:
-                self.step()
-            request.pages = pages
-            try:
-                return np.concatenate(
-                    [self._chunk_logits(request) for _ in range(0, request.length, self.limits.chunk)]
-                )
-            finally:
-                self._scheduler.give_back(pages, request.shard)
+        """Logits after each token of one sequence, float32, computed in chunks through the cache."""
+        return np.concatenate(self._asked(self.make_echo(tokens, None)))
 
-    def _chunk_logits(self, request: Request) -> Float[np.ndarray, "T V"]:
-        start, stop = request.computed, min(request.length, request.computed + self.limits.chunk)
-        work = Work((Share(request, start, stop),), decode=False)
-        run, _ = make_run(work, self.limits)
-        at = np.broadcast_to(np.arange(run.tokens.shape[1], dtype=np.int32), run.tokens.shape)
-        out = self.steps.logits(run, at, kind=self._kind(work))
-        request.computed = stop
-        return np.asarray(out[request.shard])[: stop - start]
+    def echo(self, tokens: Sequence[int], top: int = 0) -> tuple[TokenLogprob | None, ...]:
+        """Log-probability of each token of a sequence given those before it, and the `top` likeliest; first None."""
+        return None, *self._asked(self.make_echo(tokens, top))
+
+    def _asked(self, request: Request) -> list[Any]:
+        self.enqueue(request)
+        try:
+            while request.finish_reason is None:
+                self.step()
+        finally:
+            self.abort(request)
+        assert request.echo is not None
+        return request.echo.parts

@@ -54,31 +54,54 @@ class StopTexts:
         return next((n for n in range(most, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
+class Reader:
+    """Reads a request's reply piece by piece, one a token, and ends the request when a stop text is met."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, request: Request):
+        self._engine, self._request = engine, request
+        self._decoder, self._stops = tokenizer.stream(), StopTexts(tuple(request.params.stop))
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._request.unread) or self._request.finish_reason is not None
+
+    def read(self) -> Chunk:
+        """The next piece of a reply that is `ready`; not to be called after the last one.
+
+        Raises:
+          KtxError: the reply cannot go on, as its grammar grew beyond bounds.
+        """
+        request, stops = self._request, self._stops
+        if request.error is not None and not request.unread:
+            raise request.error
+        # A request that another thread ends has no token left for its last piece.
+        come = (request.unread.popleft(),) if request.unread else ()
+        text = "".join(stops.push(self._decoder.push(token)) for token, _ in come)
+        last = request.finish_reason is not None and not request.unread
+        if last and not stops.met:
+            text += stops.push(self._decoder.flush())
+            text += stops.flush()
+        ids = tuple(token for token, _ in come)
+        logprobs = tuple(logprob for _, logprob in come if logprob is not None)
+        if stops.met:
+            self._engine.end(request)
+            return Chunk(text, ids, logprobs, "stop")
+        return Chunk(text, ids, logprobs, request.finish_reason if last else None)
+
+
 def follow(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[Chunk]:
-    """Steps the engine until `request` ends, giving its reply piece by piece, one a token.
+    """Steps the engine until `request` ends, giving its reply piece by piece.
 
     A caller that stops early (closes the iterator) aborts the request.
     """
-    decoder, stops = tokenizer.stream(), StopTexts(tuple(request.params.stop))
+    reader = Reader(engine, tokenizer, request)
     try:
         while True:
-            while not request.unread and request.finish_reason is None:
+            while not reader.ready:
                 engine.step()
-            # A request that another thread ends has no token left for its last piece.
-            come = (request.unread.popleft(),) if request.unread else ()
-            text = "".join(stops.push(decoder.push(token)) for token, _ in come)
-            last = request.finish_reason is not None and not request.unread
-            if last and not stops.met:
-                text += stops.push(decoder.flush())
-                text += stops.flush()
-            ids = tuple(token for token, _ in come)
-            logprobs = tuple(logprob for _, logprob in come if logprob is not None)
-            if stops.met:
-                engine.end(request)
-                yield Chunk(text, ids, logprobs, "stop")
-                return
-            yield Chunk(text, ids, logprobs, request.finish_reason if last else None)
-            if last:
+            chunk = reader.read()
+            yield chunk
+            if chunk.finish_reason is not None:
                 return
     finally:
         engine.abort(request)

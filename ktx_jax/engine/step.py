@@ -115,6 +115,7 @@ def make_draw(work: Work, shards: int, rows: int) -> Draw:
         temperature=column(lambda r: r.params.temperature, np.float32, 0.0),
         top_p=column(lambda r: r.params.top_p, np.float32, 1.0),
         top_k=column(lambda r: min(r.params.top_k, 2**31 - 1), np.int32, 0),
+        min_p=column(lambda r: r.params.min_p, np.float32, 0.0),
         seed=column(lambda r: (r.seed >> 32, r.seed & 0xFFFFFFFF), np.uint32, (0, 0)),
         position=column(lambda r: r.length, np.int32, 0),
     )
