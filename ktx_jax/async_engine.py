@@ -181,8 +181,9 @@ class AsyncEngine:
         self._submit(live)
         try:
             return await live.future
-        finally:
+        except asyncio.CancelledError:
             self._abandoned.append(live.request)
+            raise
 
     def stats(self) -> Stats:
         """Figures for metrics; does not wait for the step that is being computed."""
