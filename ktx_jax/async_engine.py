@@ -103,6 +103,66 @@ class ReplyStream(AsyncIterator[Chunk]):
             self._abandon(self.request)
 
 
+def _due(deadline: int | float | None) -> float:
+    return math.inf if deadline is None else time.monotonic() + deadline
+
+
+class _Reply:
+    """A reply under way, and where its pieces go. Holds no reference to its stream, so that a dropped one ends."""
+
+    def __init__(self, stream: ReplyStream, reader: Reader, due: float):
+        self.request, self.due, self._reader = stream.request, due, reader
+        self._loop, self._put = asyncio.get_running_loop(), stream._come.put_nowait
+
+    def deliver(self) -> bool:
+        """Passes on what has come; whether that was the last."""
+        while self._reader.ready:
+            try:
+                chunk = self._reader.read()
+            except KtxError as error:
+                self.put(error)
+                return True
+            self.put(chunk)
+            if chunk.finish_reason is not None:
+                return True
+        return False
+
+    def put(self, item: Chunk | Exception) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._put, item)
+
+
+class _Score:
+    """A sequence that is being scored."""
+
+    def __init__(self, request: Request, due: float):
+        self.request, self.due = request, due
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[tuple[TokenLogprob | None, ...]] = self._loop.create_future()
+
+    def deliver(self) -> bool:
+        if self.request.finish_reason is None:
+            return False
+        assert self.request.echo is not None
+        if self.request.finish_reason == "abort":
+            self.put(EngineClosed("the engine was shut down before the scores were complete"))
+        else:
+            self.put((None, *self.request.echo.parts))
+        return True
+
+    def put(self, item: tuple[TokenLogprob | None, ...] | Exception) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._settle, item)
+
+    def _settle(self, item: tuple[TokenLogprob | None, ...] | Exception) -> None:
+        if self.future.done():
+            return
+        if isinstance(item, Exception):
+            self.future.set_exception(item)
+        else:
+            self.future.set_result(item)
+
+
 class AsyncEngine:
     """Runs an `LLM`'s requests for asyncio tasks, of any event loop and thread.
 
@@ -181,8 +241,9 @@ class AsyncEngine:
         self._submit(live)
         try:
             return await live.future
-        finally:
+        except asyncio.CancelledError:
             self._abandoned.append(live.request)
+            raise
 
     def stats(self) -> Stats:
         """Figures for metrics; does not wait for the step that is being computed."""
@@ -201,7 +262,7 @@ class AsyncEngine:
         atexit.unregister(self._stop)
         self._engine.pace(self._engine.limits.chunk)
 
-    def _submit(self, live: "_Reply | _Score") -> None:
+    def _submit(self, live: _Reply | _Score) -> None:
         with self._wake:
             if self._failure is not None:
                 raise EngineClosed(f"a step failed: {self._failure}") from self._failure
@@ -260,63 +321,3 @@ class AsyncEngine:
             failure.__cause__ = error
             live.put(failure)
         self._live.clear()
-
-
-def _due(deadline: int | float | None) -> float:
-    return math.inf if deadline is None else time.monotonic() + deadline
-
-
-class _Reply:
-    """A reply under way, and where its pieces go. Holds no reference to its stream, so that a dropped one ends."""
-
-    def __init__(self, stream: ReplyStream, reader: Reader, due: float):
-        self.request, self.due, self._reader = stream.request, due, reader
-        self._loop, self._put = asyncio.get_running_loop(), stream._come.put_nowait
-
-    def deliver(self) -> bool:
-        """Passes on what has come; whether that was the last."""
-        while self._reader.ready:
-            try:
-                chunk = self._reader.read()
-            except KtxError as error:
-                self.put(error)
-                return True
-            self.put(chunk)
-            if chunk.finish_reason is not None:
-                return True
-        return False
-
-    def put(self, item: Chunk | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._put, item)
-
-
-class _Score:
-    """A sequence that is being scored."""
-
-    def __init__(self, request: Request, due: float):
-        self.request, self.due = request, due
-        self._loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[tuple[TokenLogprob | None, ...]] = self._loop.create_future()
-
-    def deliver(self) -> bool:
-        if self.request.finish_reason is None:
-            return False
-        assert self.request.echo is not None
-        if self.request.finish_reason == "abort":
-            self.put(EngineClosed("the engine was shut down before the scores were complete"))
-        else:
-            self.put((None, *self.request.echo.parts))
-        return True
-
-    def put(self, item: tuple[TokenLogprob | None, ...] | Exception) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._settle, item)
-
-    def _settle(self, item: tuple[TokenLogprob | None, ...] | Exception) -> None:
-        if self.future.done():
-            return
-        if isinstance(item, Exception):
-            self.future.set_exception(item)
-        else:
-            self.future.set_result(item)

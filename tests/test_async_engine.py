@@ -56,6 +56,13 @@ def run(llm):
     return run
 
 
+@pytest.fixture
+def slow(llm, monkeypatch):
+    """A whole context takes five seconds."""
+    step = llm._engine.step
+    monkeypatch.setattr(llm._engine, "step", lambda: (time.sleep(0.02), step())[1])
+
+
 async def whole(stream):
     """A reply's text, tokens and finish reason."""
     chunks = [chunk async for chunk in stream]
@@ -126,7 +133,7 @@ def test_many_streams_that_come_and_go(llm, alone, run):
     assert stats.preemptions > 0
 
 
-def test_leaving_frees_pages_at_once(llm, run):
+def test_leaving_frees_pages_at_once(run, slow):
     async def test(engine):
         def idle():
             stats = engine.stats()
@@ -135,6 +142,7 @@ def test_leaving_frees_pages_at_once(llm, run):
         for leave in ("close", "cancel", "drop", "with"):
             stream = engine.generate([0, 5, 6], ENDLESS)
             await anext(stream)
+            request = stream.request
             assert engine.stats().running == 1
             if leave == "close":
                 await stream.aclose()
@@ -152,7 +160,7 @@ def test_leaving_frees_pages_at_once(llm, run):
             del stream
             gc.collect()
             await until(idle)
-        assert engine.stats().generated_tokens < llm._engine.limits.context * 4
+            assert request.finish_reason == "abort"
 
     run(test)
 
@@ -176,7 +184,7 @@ def test_a_full_queue_refuses(run):
     run(test, max_queue=2)
 
 
-def test_a_deadline_ends_a_reply_that_runs_or_waits(llm, run, monkeypatch):
+def test_a_deadline_ends_a_reply_that_runs_or_waits(run, slow):
     async def test(engine):
         streams = [engine.generate([0, 5 + i], ENDLESS, deadline=LONG_AGO) for i in range(4)]
         await asyncio.gather(*map(anext, streams))
@@ -186,15 +194,13 @@ def test_a_deadline_ends_a_reply_that_runs_or_waits(llm, run, monkeypatch):
             await engine.score_prompt([0, 9], deadline=0.0)
         for stream in streams:
             await stream.aclose()
-        step = llm._engine.step
-        monkeypatch.setattr(llm._engine, "step", lambda: (time.sleep(0.01), step())[1])  # 2.5 s in all
         with pytest.raises(DeadlineExceeded):
             await whole(engine.generate([0, 5], ENDLESS, deadline=0.5))
 
     run(test)
 
 
-def test_closing_lets_replies_finish_within_the_grace(llm):
+def test_closing_lets_replies_finish_within_the_grace(llm, slow):
     async def main():
         engine = AsyncEngine(llm)
         short = asyncio.create_task(whole(engine.generate([0, 5], SamplingParams(max_tokens=20, ignore_eos=True))))
@@ -212,7 +218,7 @@ def test_closing_lets_replies_finish_within_the_grace(llm):
         await anext(stream)
         await engine.close(0.0)
         *_, last = [chunk async for chunk in stream]
-        assert last.finish_reason in ("abort", "length")
+        assert last.finish_reason == "abort"
         assert not engine._thread.is_alive()
 
     asyncio.run(main())

@@ -38,7 +38,7 @@ class Cache:
     """What the steps would have written: of each page, the text up to each of its positions."""
 
     def __init__(self, limits):
-        self.limits, self.rows = limits, {}
+        self.limits, self.rows, self.echoed = limits, {}, Counter()
 
     def place(self, request, at):
         return request.shard, request.pages[at // self.limits.page], at % self.limits.page
@@ -46,6 +46,8 @@ class Cache:
     def run(self, work):
         """A step in which all rows are written before any is read."""
         for share in work.shares:
+            if share.request.echo is not None:
+                self.echoed.update((share.request, at) for at in range(share.start, share.stop))
             for at in range(share.start, share.stop):
                 self.rows[self.place(share.request, at)] = tuple(share.request.tokens(0, at + 1))
         for share in work.shares:
@@ -113,6 +115,8 @@ def test_every_request_is_computed_and_pages_return(case):
         assert request.finish_reason == "length" or request in aborted
         if request.finish_reason == "length":
             assert len(request.output) == request.limit
+        if request.finish_reason == "length" and request.echo is not None:
+            assert [cache.echoed[request, at] for at in range(request.length)] == [1] * request.length
     assert scheduler.finished == len(requests)
 
 

@@ -4,16 +4,13 @@
 import json
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt32
 
 from ktx_jax.errors import KtxError
 from ktx_jax.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
 
 
 class Grammar:
@@ -61,7 +58,7 @@ class Grammar:
         """A match from the beginning, for one reply."""
         return Match(self._first.deep_copy(), self._vocabulary.vocab_size)
 
-    def _matcher(self, what: str) -> "LLMatcher":
+    def _matcher(self, what: str) -> Any:
         matcher = _llguidance().LLMatcher(self._vocabulary, self._source, log_level=0)
         if matcher.is_error():
             raise KtxError(f"{what} cannot be used: {matcher.get_error().splitlines()[0]}")
@@ -71,7 +68,7 @@ class Grammar:
 class Match:
     """How far one reply has come in its grammar. Not safe to use from two threads at once."""
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int):
+    def __init__(self, matcher: Any, vocab_size: int):
         self._matcher = matcher
         self._words = -(-vocab_size // 32)
 
@@ -104,10 +101,10 @@ def _llguidance() -> Any:
     return llguidance
 
 
-_VOCABULARIES: "weakref.WeakKeyDictionary[Tokenizer, LLTokenizer]" = weakref.WeakKeyDictionary()
+_VOCABULARIES: weakref.WeakKeyDictionary[Tokenizer, Any] = weakref.WeakKeyDictionary()
 
 
-def _vocabulary(tokenizer: Tokenizer) -> "LLTokenizer":
+def _vocabulary(tokenizer: Tokenizer) -> Any:
     """The tokenizer as llguidance sees it, made once: a trie of all its tokens."""
     if tokenizer not in _VOCABULARIES:
         llguidance = _llguidance()
@@ -119,14 +116,15 @@ def _vocabulary(tokenizer: Tokenizer) -> "LLTokenizer":
 
 
 class _Plain:
-    """A tokenizer in the form that llguidance asks for."""
+    """A tokenizer in the form that llguidance asks for; it does not keep the tokenizer alive."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self.special_token_ids = sorted(tokenizer.special_ids)
-        self._encode = tokenizer.encode
+        self._tokenizer = weakref.ref(tokenizer)
 
     def __call__(self, text: bytes | str) -> list[int]:
         plain = text.decode() if isinstance(text, bytes) else text
-        return self._encode(plain, add_special_tokens=False, parse_special=False)
+        tokenizer = self._tokenizer()
+        return [] if tokenizer is None else tokenizer.encode(plain, add_special_tokens=False, parse_special=False)

@@ -223,10 +223,11 @@ class Scheduler:
         return True
 
     def _preempt_younger(self, request: Request) -> bool:
+        """Sends the youngest out. Not an echo: it has all its pages, is done soon, and could not take answers back."""
         for other in reversed(self.running):
             if other is request:
                 return False
-            if other.shard == request.shard and other not in self._drawing:
+            if other.shard == request.shard and other not in self._drawing and other.echo is None:
                 self.running.remove(other)
                 self._release(other)
                 self.waiting.appendleft(other)
