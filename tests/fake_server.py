@@ -14,6 +14,7 @@ import asyncio
 import os
 import sys
 import time
+from functools import partial
 
 import ktx_jax.async_engine
 import ktx_jax.commands.serve
@@ -105,7 +106,7 @@ class FakeEngine:
             if finish:
                 return
 
-    async def score_prompt(self, ids, top=0):
+    async def score_prompt(self, ids, top=0, *, deadline):
         return (None, *(TokenLogprob(token, -1.0, ((token, -1.0), (5, -2.0))[:top]) for token in ids[1:]))
 
     def stats(self):
@@ -127,7 +128,17 @@ def load_fake(options, progress):
 
 
 if __name__ == "__main__":
+    import ktx_jax.server.settings
     from ktx_jax.cli import main
+
+    times = {
+        "receive_timeout": os.environ.get("FAKE_RECEIVE_SECONDS"),
+        "keepalive": os.environ.get("FAKE_KEEPALIVE_SECONDS"),
+    }
+    settings = partial(
+        ktx_jax.server.settings.Settings, **{name: float(value) for name, value in times.items() if value}
+    )
+    ktx_jax.server.settings.Settings = settings
 
     ktx_jax.commands.serve.load_llm = load_fake
     ktx_jax.async_engine.AsyncEngine = FakeEngine

@@ -186,6 +186,13 @@ def test_tokens_there_and_back(server):
     assert said == plain
 
 
+def schema(value):
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": value}}
+
+
+SCHEMA = "response_format.json_schema.schema"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -206,15 +213,9 @@ def test_tokens_there_and_back(server):
         (chat("x", stop_token_ids=[5000]), "stop_token_ids"),
         (chat("x", functions=[]), "functions"),
         (chat("x", response_format={"type": "xml"}), "response_format"),
-        (chat("x", response_format={"type": "json_schema", "json_schema": {"name": "a"}}), "response_format.json_schema.schema"),
-        (
-            chat("x", response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 5}}}),
-            "response_format.json_schema.schema",
-        ),
-        (
-            chat("x", response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x" * 70000]}}}),
-            "response_format.json_schema.schema",
-        ),
+        (chat("x", response_format={"type": "json_schema", "json_schema": {"name": "a"}}), SCHEMA),
+        (chat("x", response_format=schema({"type": 5})), SCHEMA),
+        (chat("x", response_format=schema({"enum": ["x" * 70000]})), SCHEMA),
         (chat("x", tool_choice="required"), "tool_choice"),
         (chat("x", tools=TOOLS, tool_choice={"type": "function", "function": {"name": "none"}}), "tool_choice"),
         (chat("x", tools=[TOOLS[0], TOOLS[0]]), "tools"),

@@ -111,7 +111,7 @@ def _openai(app: FastAPI, hosted: Hosted, settings: Settings, metrics: Metrics) 
         logprobs = body.logprobs is not None
         echoes = [completions.Echo()] * (len(prompts) * n)
         if body.echo:
-            scored = completions.echoes(loaded, prompts, body.logprobs)
+            scored = completions.echoes(loaded, prompts, body.logprobs, settings.timeout)
             echoes = [echo for echo in await while_connected(request.receive, scored) for _ in range(n)]
         answer = Answer(hosted, asks, sum(map(len, prompts)), settings, metrics)
         if body.stream:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`/v1/completions`: texts gone on with, and prompts scored (`echo` with `logprobs`)."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -24,19 +25,27 @@ class Echo:
     scores: tuple[TokenLogprob | int, ...] = ()
 
 
-async def echoes(loaded: Loaded, prompts: Sequence[Sequence[int]], logprobs: int | None) -> list[Echo]:
-    """The prompts given back, their tokens scored if log-probabilities are asked for."""
-    given = []
-    for prompt in prompts:
-        text = loaded.llm.tokenizer.decode(prompt)
-        if logprobs is None:
-            given.append(Echo(text))
-            continue
-        scores = await loaded.engine.score_prompt(prompt, logprobs)
-        given.append(
-            Echo(text, tuple(token if score is None else score for token, score in zip(prompt, scores, strict=True)))
-        )
-    return given
+async def echoes(loaded: Loaded, prompts: Sequence[list[int]], logprobs: int | None, timeout: float) -> list[Echo]:
+    """The prompts given back, their tokens scored if log-probabilities are asked for.
+
+    Raises:
+      KtxError: as `AsyncEngine.score_prompt`.
+    """
+    texts = [loaded.llm.tokenizer.decode(prompt) for prompt in prompts]
+    if logprobs is None:
+        return [Echo(text) for text in texts]
+    tasks = [
+        asyncio.ensure_future(loaded.engine.score_prompt(prompt, logprobs, deadline=timeout)) for prompt in prompts
+    ]
+    try:
+        scored = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return [
+        Echo(text, tuple(token if score is None else score for token, score in zip(prompt, scores, strict=True)))
+        for text, prompt, scores in zip(texts, prompts, scored, strict=True)
+    ]
 
 
 class Logprobs:
