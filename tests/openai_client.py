@@ -27,7 +27,10 @@ TOOLS = [
             "description": f"The {name} of a place",
             "parameters": {
                 "type": "object",
-                "properties": {"place": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 0, "maximum": 9}},
+                "properties": {
+                    "place": {"enum": ["Paris", "Rome"]},
+                    "days": {"type": "integer", "minimum": 0, "maximum": 9},
+                },
                 "required": ["place", "days"],
                 "additionalProperties": False,
             },

@@ -45,7 +45,9 @@ def test_a_client_of_2024(server, tmp_path):
 
 
 def _run_client(python, url):
-    done = subprocess.run([python, "-W", "error", CLIENT, url], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [python, "-W", "error", CLIENT, url], capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "all as it should be" in done.stdout
 
@@ -79,7 +81,13 @@ SCHEMAS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
 def test_a_constrained_reply_always_validates(server, schema):
-    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": {**schema, "additionalProperties": False} if "properties" in schema else schema}}
+    form = {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "it",
+            "schema": {**schema, "additionalProperties": False} if "properties" in schema else schema,
+        },
+    }
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Answer in JSON."}], "response_format": form}
     body |= {"temperature": 1.5, "top_p": 1, "n": 8, "seed": 3, "max_tokens": 120}
     for choice in server.ask(CHAT, body)[2]["choices"]:

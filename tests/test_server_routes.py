@@ -182,6 +182,11 @@ def test_tokens_there_and_back(server):
     plain = server.ask("/tokenize", {"prompt": "naïve 🙂", "add_special_tokens": False})[2]["tokens"]
     assert server.ask("/detokenize", {"tokens": plain})[2] == {"prompt": "naïve 🙂"}
     assert ids["tokens"][1:] == plain
+    about = server.ask("/tokenizer_info")[2]
+    assert (
+        server.ask("/tokenize", {"prompt": about["bos_token"], "add_special_tokens": False})[2]["tokens"]
+        == ids["tokens"][:1]
+    )
     said = server.ask("/tokenize", {"messages": [{"role": "user", "content": "naïve 🙂"}]})[2]["tokens"]
     assert said == plain
 

@@ -131,6 +131,16 @@ def _tokens(app: FastAPI, hosted: Hosted) -> None:
         tokens = await asyncio.to_thread(prepare.tokens, llm, body)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": llm.context}
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """What clients need who count tokens themselves, as vLLM tells it."""
+        llm = hosted.get().llm
+        ends = {"bos_token": llm.tokenizer.bos_id, "eos_token": llm.tokenizer.eos_id}
+        named = {
+            name: None if token is None else llm.tokenizer.token_bytes(token).decode() for name, token in ends.items()
+        }
+        return {**named, "chat_template": llm.chat_template}
+
     @app.post("/detokenize")
     async def detokenize(body: Detokenize) -> dict[str, Any]:
         """The text of token ids."""

@@ -25,8 +25,8 @@ BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 MARKS = (BEGIN, END, CALL, SEPARATOR, CALL_END)
 _FENCE, _FENCE_END = "\n```json\n", "\n```"
-_HEAD = re.compile(rf"[^<\n]*{SEPARATOR}([^\n]+?)[ \t]*\n```json[ \t]*\n")
-_LONGEST_HEAD = 512  # characters before a call is taken for malformed
+_HEAD = re.compile(rf"[^<\n]{{0,64}}{SEPARATOR}([^<\n]{{1,128}}?)[ \t]{{0,8}}\n```json[ \t]{{0,8}}\n")
+_LONGEST_HEAD = 256  # characters, more than a head can have; then the call is malformed
 
 
 @dataclass(frozen=True)
