@@ -25,7 +25,7 @@ from ktx_jax.engine.requests import TokenLogprob
 from ktx_jax.resources import demo_model
 from ktx_jax.tokenizer import Tokenizer
 
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
 
 
 class FakeLLM:
@@ -44,6 +44,24 @@ class FakeLLM:
         return encode_chat(self.tokenizer, self.chat_template, messages, tools=tools)
 
 
+class FakeStream:
+    """A reply as it comes."""
+
+    cached_tokens = 0
+
+    def __init__(self, chunks):
+        self._chunks = chunks
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        return await anext(self._chunks)
+
+    async def aclose(self):
+        await self._chunks.aclose()
+
+
 class FakeEngine:
     """Counts what runs, as the real one does."""
 
@@ -58,7 +76,7 @@ class FakeEngine:
             raise QueueFull(256, 7.0)
         if self.closing is not None:
             raise EngineClosed("the engine is shutting down")
-        return self._reply(text, params)
+        return FakeStream(self._reply(text, params))
 
     async def _reply(self, text, params):
         self.running += 1

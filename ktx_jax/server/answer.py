@@ -60,6 +60,7 @@ class Usage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached: dict[int, int] = field(default_factory=dict)  # by prompt: tokens that the prefix cache spared
     begun: float = field(default_factory=time.perf_counter)
     first: float | None = None  # when the first token came
 
@@ -69,6 +70,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
         }
 
 
@@ -140,6 +142,7 @@ class Answer:
         async with aclosing(self._loaded.engine.generate(ask.prompt, params, deadline=left)) as chunks:
             async for chunk in chunks:
                 if chunk.token_ids and not said:
+                    self.usage.cached.setdefault(id(ask.prompt), chunks.cached_tokens)
                     first = time.perf_counter()
                     self.usage.first = self.usage.first or first
                     self._metrics.first_token.observe(first - self.usage.begun)
