@@ -131,10 +131,11 @@ def errors(client: openai.OpenAI) -> None:
     for kind, request in wrong:
         try:
             client.chat.completions.create(**request)
+            body = None
         except kind as error:
-            assert error.body["message"]
-        else:
-            raise AssertionError(f"no {kind.__name__}")
+            body = error.body
+        assert body, f"no {kind.__name__}"
+        assert body["message"]
 
 
 async def asynchronous(client: openai.AsyncOpenAI, text: str) -> None:
