@@ -264,6 +264,7 @@ def serve(
     dtype: Dtype = "bfloat16",
     implementation: Implementation = None,
     override: Override = [],  # noqa: B006
+    rules: RunRules = None,
     cpu_threads: CpuThreads = None,
     no_repack: NoRepack = False,
     debug: Debug = False,
@@ -275,7 +276,7 @@ def serve(
     from ktx_jax.commands.serve import serve
 
     options = _model_options(
-        model, context, batch, dtype, implementation, override, cpu_threads, not no_repack, chat_template
+        model, context, batch, dtype, implementation, override, rules, cpu_threads, not no_repack, chat_template
     )
     settings = {
         "host": host, "port": port, "api_key": api_key, "open": open_, "cors_origins": tuple(cors_origin),
