@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
 
 from ktx_jax.errors import KtxError
 from ktx_jax.template_sandbox import MAX_WEIGHT, BoundedEnvironment, LimitExceeded, limits
@@ -110,6 +110,19 @@ def encode_chat(
             ids.append(names[match[0]])
             start = match.end()
     return ids
+
+
+@lru_cache(maxsize=16)
+def template_names(template: str | None) -> frozenset[str]:
+    """All variables, attributes, keys and texts that a template names: whether it knows of `tools`, say.
+
+    Raises:
+        ChatTemplateError: it is broken.
+    """
+    tree = _reporting_lines(lambda: BoundedEnvironment().parse(template or ""))
+    kinds = ((nodes.Name, "name"), (nodes.Getattr, "attr"), (nodes.Const, "value"))
+    found = (getattr(node, name) for kind, name in kinds for node in tree.find_all(kind))
+    return frozenset(name for name in found if isinstance(name, str))
 
 
 class _Veil:

@@ -235,6 +235,57 @@ def plan(
     return plan(options)
 
 
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; another than this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="KTX_JAX_API_KEY", help="What clients have to show.", show_envvar=True)
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Serve a network without a key.")] = False,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. [default: the file's name]")] = None,
+    cors_origin: Annotated[
+        list[str], typer.Option(metavar="ORIGIN", help="A web page's origin that may ask; * for all.")
+    ] = [],  # noqa: B006
+    tls_cert: Annotated[Path | None, typer.Option(help="A PEM file: serve HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, a PEM file.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take, waiting included.")] = 600.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that running replies have at the end.")] = 30.0,
+    max_queue: Annotated[int, typer.Option(min=1, help="Most replies that wait to run.")] = 256,
+    max_connections: Annotated[int, typer.Option(min=1, help="Most open connections.")] = 512,
+    max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 8 * 2**20,
+    log_prompts: Annotated[bool, typer.Option(help="Write prompts and replies to the log.")] = False,
+    chat_template: ChatTemplate = None,
+    context: Context = None,
+    batch: Batch = 8,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    override: Override = [],  # noqa: B006
+    rules: RunRules = None,
+    cpu_threads: CpuThreads = None,
+    no_repack: NoRepack = False,
+    debug: Debug = False,
+) -> int:
+    """Serve a model over OpenAI's API and Ollama's, with a chat page (extra `serve`).
+
+    Answers at once; until the model is loaded, with 503. Ctrl-C or SIGTERM lets running replies end.
+    """
+    from ktx_jax.commands.serve import serve
+
+    options = _model_options(
+        model, context, batch, dtype, implementation, override, rules, cpu_threads, not no_repack, chat_template
+    )
+    settings = {
+        "host": host, "port": port, "api_key": api_key, "open": open_, "cors_origins": tuple(cors_origin),
+        "tls_cert": tls_cert, "tls_key": tls_key, "timeout": timeout, "grace": grace,
+        "max_connections": max_connections, "max_body": max_body, "log_prompts": log_prompts,
+    }  # fmt: skip
+    return serve(options, name, max_queue, settings)
+
+
 rules_app = typer.Typer(help="Check and convert rule files.", rich_markup_mode=None)
 app.add_typer(rules_app, name="rules")
 RuleFile = Annotated[Path, typer.Argument(help="A rule file.")]

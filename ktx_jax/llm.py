@@ -150,6 +150,11 @@ class LLM:
         self._engine = Engine(self.config, steps, limits, eos_ids=self.tokenizer.eos_ids)
         self.load_seconds = time.perf_counter() - begun
 
+    @property
+    def context(self) -> int:
+        """The most tokens of a sequence, prompt and reply together."""
+        return self._engine.limits.context
+
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Completes each prompt (text, or token ids taken as they are); all run together, `batch` at a time.
 

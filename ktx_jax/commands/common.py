@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several commands share: loading with a progress bar, printing a reply as it comes, stopping on Ctrl-C."""
 
+import contextlib
 import signal
 import sys
 import time
@@ -37,8 +38,8 @@ class ModelOptions:
     chat_template: Path | None = None
 
 
-def load_llm(options: ModelOptions) -> Any:
-    """The `LLM` that `options` ask for; bytes and time left are shown meanwhile.
+def load_llm(options: ModelOptions, progress: Callable[[int, int], None] | None = None) -> Any:
+    """The `LLM` that `options` ask for; `progress` is told of bytes done and in all, or else the terminal shows them.
 
     Without `context`, it is 4096 or what the model was made for, whichever is less.
     """
@@ -46,7 +47,7 @@ def load_llm(options: ModelOptions) -> Any:
 
     longest = load_config(options.model, options.override).max_position_embeddings
     template = None if options.chat_template is None else read_text(options.chat_template)
-    with progress_bar("Loading") as progress:
+    with progress_bar("Loading") if progress is None else contextlib.nullcontext(progress) as told:
         return LLM(
             options.model,
             context=options.context or min(DEFAULT_CONTEXT, longest),
@@ -58,7 +59,7 @@ def load_llm(options: ModelOptions) -> Any:
             chat_template=template,
             cpu_threads=options.cpu_threads,
             repack=options.repack,
-            progress=progress,
+            progress=told,
         )
 
 
