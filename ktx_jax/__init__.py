@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ktx_jax.async_engine import AsyncEngine, DeadlineExceeded, EngineClosed, QueueFull, ReplyStream, Stats
+    from ktx_jax.engine.branches import Window
     from ktx_jax.engine.grammar import Grammar
     from ktx_jax.engine.requests import SamplingParams
+    from ktx_jax.engine.scoring import Score
+    from ktx_jax.engine.windows import Perplexity
     from ktx_jax.errors import KtxError
     from ktx_jax.gguf.errors import GGUFError
     from ktx_jax.llm import LLM, Chunk, Completion, load_config
@@ -17,14 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM", "AsyncEngine", "Chunk", "Completion", "Config", "DeadlineExceeded", "EngineClosed", "GGUFError", "Grammar",
-    "KtxError", "Plan", "QueueFull", "ReplyStream", "Rules", "SamplingParams", "Stats", "Tokenizer", "load_config",
+    "KtxError", "Perplexity", "Plan", "QueueFull", "ReplyStream", "Rules", "SamplingParams", "Score", "Stats",
+    "Tokenizer", "Window", "load_config",
 ]  # fmt: skip
 
 _HOMES = {
     "ktx_jax.llm": ("LLM", "Chunk", "Completion", "load_config"),
     "ktx_jax.async_engine": ("AsyncEngine", "DeadlineExceeded", "EngineClosed", "QueueFull", "ReplyStream", "Stats"),
+    "ktx_jax.engine.branches": ("Window",),
     "ktx_jax.engine.grammar": ("Grammar",),
     "ktx_jax.engine.requests": ("SamplingParams",),
+    "ktx_jax.engine.scoring": ("Score",),
+    "ktx_jax.engine.windows": ("Perplexity",),
     "ktx_jax.errors": ("KtxError",),
     "ktx_jax.gguf.errors": ("GGUFError",),
     "ktx_jax.model.config": ("Config",),

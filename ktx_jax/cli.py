@@ -68,6 +68,10 @@ TopK = Annotated[int, typer.Option(min=0, help="Draw among this many likeliest t
 Seed = Annotated[int, typer.Option(min=0, help="Makes the draw repeatable.")]
 Stop = Annotated[list[str], typer.Option(help="A text that ends the reply; may be given several times.")]
 ChatTemplate = Annotated[Path | None, typer.Option(help="A Jinja file, in place of the model's own template.")]
+TextFile = Annotated[Path, typer.Argument(help="A text file, UTF-8.")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
+Kept = Annotated[Path | None, typer.Option(help="A file that keeps results as they come, for --resume.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run that was stopped left off.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -284,6 +288,126 @@ def serve(
         "max_connections": max_connections, "max_body": max_body, "log_prompts": log_prompts,
     }  # fmt: skip
     return serve(options, name, max_queue, settings)
+
+
+@app.command("eval")
+def eval_(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="Names of lm-eval's tasks, groups or YAML files, between commas.")],
+    include_path: Annotated[Path | None, typer.Option(help="A folder of your own tasks (YAML).")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question. [default: the task's]")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Only so many questions of a task, or below 1 a share.")
+    ] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder for results, as lm-eval writes them.")] = Path("results"),
+    resume: Resume = False,
+    context: Context = None,
+    batch: Batch = 8,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    override: Override = [],  # noqa: B006
+    rules: RunRules = None,
+    cpu_threads: CpuThreads = None,
+    no_repack: NoRepack = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Run tasks of lm-evaluation-harness (extra `eval`).
+
+    Answers are kept as they come: a run that was stopped goes on with --resume.
+    """
+    from ktx_jax.commands.eval import EvalOptions, eval_
+
+    options = _model_options(model, context, batch, dtype, implementation, override, rules, cpu_threads, not no_repack)
+    wanted = EvalOptions(tasks.split(","), include_path, num_fewshot, limit, apply_chat_template, out, resume, as_json)
+    return eval_(options, wanted)
+
+
+@app.command()
+def perplexity(
+    model: Model,
+    file: TextFile,
+    window: Window = 512,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slide windows by so many tokens, and score every token. [default: second halves]"),
+    ] = None,
+    out: Kept = None,
+    resume: Resume = False,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    override: Override = [],  # noqa: B006
+    rules: RunRules = None,
+    cpu_threads: CpuThreads = None,
+    no_repack: NoRepack = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Measure how surprised a model is by a text.
+
+    By default the figure that llama.cpp gives: windows side by side, their second halves scored.
+    """
+    from ktx_jax.commands.perplexity import perplexity
+
+    options = _model_options(model, window, 1, dtype, implementation, override, rules, cpu_threads, not no_repack)
+    return perplexity(options, file, window, stride, out, resume, as_json)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="The model to measure from.")],
+    b: Annotated[Path, typer.Argument(help="The model to measure; may be the same file.")],
+    file: TextFile,
+    window: Window = 512,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    b_dtype: Annotated[Literal["bfloat16", "float32"] | None, typer.Option(help="Of B. [default: A's]")] = None,
+    b_implementation: Annotated[Literal["xla", "ffi"] | None, typer.Option(help="Of B. [default: A's]")] = None,
+    override: Override = [],  # noqa: B006
+    out: Kept = None,
+    resume: Resume = False,
+    plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw it (extra `plot`): .png, .svg, ....")] = None,
+    cpu_threads: CpuThreads = None,
+    no_repack: NoRepack = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Measure what a quantization or an implementation costs.
+
+    KL from A's to B's next-token distributions over a text, how often both find the same token likeliest, and both
+    perplexities. Both models are in memory.
+    """
+    from ktx_jax.commands.compare import compare
+
+    rest = (override, None, cpu_threads, not no_repack)
+    first = _model_options(a, window, 1, dtype, implementation, *rest)
+    second = _model_options(b, window, 1, b_dtype or dtype, b_implementation or implementation, *rest)
+    return compare(first, second, file, window, out, resume, plot, as_json)
+
+
+@app.command()
+def verify(
+    model: Model,
+    text: Annotated[
+        Path | None, typer.Option(help="A text for the perplexity; wikitext-2's test part has published figures.")
+    ] = None,
+    override: Override = [],  # noqa: B006
+    rules: RunRules = None,
+    cpu_threads: CpuThreads = None,
+    no_repack: NoRepack = False,
+    debug: Debug = False,
+) -> int:
+    """Check that a file is a published model, computed right.
+
+    Its shape against DeepSeek-V2-Lite's, V2's and V2.5's, its perplexity against published figures, and the fast path
+    against the exact one. Exit code 1: something differs.
+    """
+    from ktx_jax.commands.verify import verify
+
+    return verify(_model_options(model, None, 1, "bfloat16", None, override, rules, cpu_threads, not no_repack), text)
 
 
 rules_app = typer.Typer(help="Check and convert rule files.", rich_markup_mode=None)

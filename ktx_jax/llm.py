@@ -20,14 +20,18 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.chat import Message, encode_chat
+from ktx_jax.engine.branches import Window
 from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.reply import Chunk, follow
 from ktx_jax.engine.requests import FinishReason, Request, SamplingParams, TokenLogprob
 from ktx_jax.engine.scheduler import Limits
+from ktx_jax.engine.scoring import Score
 from ktx_jax.engine.step import Steps
+from ktx_jax.engine.windows import Perplexity, pair_window, perplexity_windows, rolling_windows
 from ktx_jax.errors import KtxError
 from ktx_jax.gguf.architecture import check_architecture
 from ktx_jax.gguf.reader import open_gguf
+from ktx_jax.model.capture import check_seen, fnmatch_all, tap, tracing
 from ktx_jax.model.config import Config, config_from_gguf
 from ktx_jax.model.modules import causal_logits
 from ktx_jax.sharding.auto import Sizes
@@ -203,6 +207,47 @@ class LLM:
         """Logits after each token of one sequence, float32."""
         return self._engine.logits(self.encode(tokens))
 
+    def score(
+        self, pairs: Sequence[tuple[Prompt, Prompt]], done: Callable[[int, Score], object] | None = None
+    ) -> list[Score]:
+        """How likely each continuation is after its context: pairs of texts or token ids, see `pair_window`.
+
+        Beginnings that pairs share are computed once, and all is packed into full steps, in whatever order. `done` is
+        called with a pair's place and score as soon as it is known.
+
+        Raises:
+          KtxError: a pair does not fit the context, or its context has no token. Nothing has been computed then.
+        """
+        return self.score_windows([pair_window(self.tokenizer, *pair) for pair in pairs], done)
+
+    def rolling(self, texts: Sequence[Prompt]) -> list[Score]:
+        """How likely each text is from its beginning on; one longer than the context window by window."""
+        windows = [rolling_windows(self.tokenizer, text, self._engine.limits.context) for text in texts]
+        scores = iter(self.score_windows([window for some in windows for window in some]))
+        return [Score.join([next(scores) for _ in some]) for some in windows]
+
+    def perplexity(self, text: Prompt, window: int = 512, stride: int | None = None) -> Perplexity:
+        """The perplexity of a text: by default llama.cpp's figure, with `stride` that of sliding windows.
+
+        See `perplexity_windows`; raises `KtxError` as that does, or if a window is longer than the context.
+        """
+        scores = self.score_windows(perplexity_windows(self.tokenizer, text, window, stride))
+        return Perplexity.of([score.logprobs for score in scores])
+
+    def score_windows(
+        self, windows: Sequence[Window], done: Callable[[int, Score], object] | None = None
+    ) -> list[Score]:
+        """`score`, of token ids that are cut already."""
+        scores: dict[int, Score] = {}
+
+        def take(index: int, score: Score) -> None:
+            scores[index] = score
+            if done is not None:
+                done(index, score)
+
+        self._engine.score(windows, take)
+        return [scores[index] for index in range(len(windows))]
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with its special tokens added, ids as they are."""
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(token) for token in prompt]
@@ -215,12 +260,23 @@ class LLM:
         """
         return encode_chat(self.tokenizer, self.chat_template, messages, tools=tools)
 
-    def functional(self) -> tuple[Callable[[Any, Int[Array, " T"]], Float[Array, "T vocab"]], Any]:
-        """The model as a pure function `fn(params, tokens)` and its parameters.
+    def functional(self, capture: Sequence[str] = ()) -> tuple[Callable[..., Any], Any]:
+        """The model as a pure function `fn(params, tokens, added={})` and its parameters.
 
-        The function computes every position's logits of one sequence, without a cache, over the XLA path; it can be
-        jitted, mapped, and differentiated with respect to activations. The parameters are a pytree of arrays; where
-        this model runs on the CPU kernels, they are read from the file anew, for XLA.
+        The function computes every position's logits [T, V] of one sequence `tokens` [T], without a cache, over the XLA
+        path; it can be jitted, mapped, and differentiated with respect to activations. The parameters are a pytree of
+        arrays; where this model runs on the CPU kernels, they are read from the file anew, for XLA.
+
+        Args:
+          capture: paths of modules, `*` for anything. With any, the function gives the logits and a mapping of module
+            path to the module's value: of a router the expert ids and weights [T, k], else the array it computes.
+
+        `added` maps module paths to arrays that are added to the modules' values: a gradient with respect to them is
+        that of the value, and with "model.embed_tokens" they are a soft prompt.
+
+        Raises:
+          KtxError: the model runs in several stages. From the function: no module has such a path, or it has no value
+            of its own.
         """
         if len(self._model.stages) > 1:
             raise KtxError("functional() needs a model in one stage: load it with other rules, or none")
@@ -232,15 +288,29 @@ class LLM:
         [stage] = model.stages
         graphdef, params = stage.prefill.graphdef, stage.prefill.state
 
-        def fn(params: Any, tokens: Int[Array, " T"]) -> Float[Array, "T vocab"]:
-            return causal_logits(nnx.merge(graphdef, params), tokens, dtype=dtype)
+        def traced(params: Any, tokens: Int[Array, " T"], added: Mapping[str, Array]) -> Any:
+            whole = nnx.merge(graphdef, params)
+            if not (capture or added):
+                return causal_logits(whole, tokens, dtype=dtype)
+            tap(whole, capture, added)
+            with tracing(added) as trace:
+                logits = causal_logits(whole, tokens, dtype=dtype)
+            check_seen(trace.seen, (*capture, *added))
+            wanted = {path: value for path, value in trace.seen.items() if any(fnmatch_all([path], p) for p in capture)}
+            return (logits, wanted) if capture else logits
 
-        if stage.mesh.size == 1:
-            return fn, params
-        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
-        everywhere = PartitionSpec()
-        inputs = (specs, everywhere)
-        return jax.shard_map(fn, mesh=stage.mesh, in_specs=inputs, out_specs=everywhere, check_vma=False), params
+        if stage.mesh.size > 1:
+            specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
+            everywhere = PartitionSpec()
+            inputs = (specs, everywhere, everywhere)
+            traced = jax.shard_map(
+                traced, mesh=stage.mesh, in_specs=inputs, out_specs=everywhere, check_vma=False
+            )  # fmt: skip
+
+        def fn(params: Any, tokens: Int[Array, " T"], added: Mapping[str, Array] | None = None) -> Any:
+            return traced(params, tokens, added or {})
+
+        return fn, params
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Chunk]:
         # Queued when the first piece is asked for: a generator that is dropped before then could not take it back.

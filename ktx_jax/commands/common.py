@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from ktx_jax.errors import KtxError
 
 DEFAULT_CONTEXT = 4096
+_SAY_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 """For all that is said beside a command's result."""
 
@@ -82,6 +84,34 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def token_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of tokens, rate and time left; gives what to call with tokens done and tokens in all.
+
+    The rate is of this process: what is done when the first call is made was done before. Where there is no terminal,
+    a line now and then tells the same.
+    """
+    columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"))
+    begun, before, said = time.perf_counter(), None, time.perf_counter()
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal begun, before, said
+            now = time.perf_counter()
+            if before is None or done < before:
+                begun, before = now, done
+            rate = (done - before) / (now - begun) if now > begun else 0.0
+            left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate else ""
+            line = f"{done} of {total} tokens, {rate:.0f} tokens/s{left}"
+            bar.update(task, completed=done, total=total, description=line)
+            if not notes.is_terminal and now - said > _SAY_EVERY:
+                notes.print(f"{title}: {line}", markup=False)
+                said = now
+
+        yield advance
 
 
 class Interrupt:

@@ -4,7 +4,7 @@
 import operator
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from ktx_jax.engine.branches import Window
 from ktx_jax.engine.echo import Echoed, logprob_at, start_echo, take_echo
 from ktx_jax.engine.edits import make_edits, wants_edits
 from ktx_jax.engine.requests import MAX_LOGPROBS, Echo, Request, SamplingParams, TokenLogprob
 from ktx_jax.engine.sampling import Drawn, logprobs_of, sample_edited
 from ktx_jax.engine.scheduler import Limits, Scheduler, Work
+from ktx_jax.engine.scoring import Score, Scoring
 from ktx_jax.engine.stage import Kind
 from ktx_jax.engine.step import Steps, make_draw, make_run
 from ktx_jax.errors import KtxError
@@ -210,6 +212,29 @@ class Engine:
             self._scheduler.finish(request, "stop")
         elif len(request.output) >= request.limit:
             self._scheduler.finish(request, "length")
+
+    def score(self, wanted: Sequence[Window], done: Callable[[int, Score], object]) -> None:
+        """Scores sequences; calls `done` with a sequence's place and its scores once it is complete, in any order.
+
+        Raises:
+          KtxError: a sequence has no room or an unknown token. Nothing has been computed then.
+        """
+        for one in wanted:
+            self.check_prompt(one.tokens[: one.length or 1].tolist(), room=0)
+            self.check_prompt(one.tokens[-1:].tolist(), room=0)
+        scoring = Scoring(wanted, self.steps, self._scheduler, self.limits)
+        try:
+            while not scoring.done:
+                with self._lock:
+                    complete = scoring.step()
+                    if complete is None and not self.step():
+                        scoring.start_over()  # requests and scores hold the pages that both wait for
+                        self.step()
+                for index, scored in complete or ():
+                    done(index, scored)
+        finally:
+            with self._lock:
+                scoring.close()
 
     def logits(self, tokens: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits after each token of one sequence, float32, computed in chunks through the cache."""

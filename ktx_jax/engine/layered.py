@@ -128,7 +128,7 @@ class LayeredStage:
         decode = _Modules(loaded, decode=True)
         same = loaded.prefill is loaded.decode
         self._modules = {True: decode, False: decode if same else _Modules(loaded, decode=False)}
-        self._cache = list(stage_cache(config, loaded, limits, dtype))
+        self.cache = stage_cache(config, loaded, limits, dtype)
         self._mesh = loaded.mesh
         self._streams = [loaded.streams.get(layer) for layer in loaded.layers]
 
@@ -138,8 +138,10 @@ class LayeredStage:
         brought = self._brought() if kind == "stream" else repeat(None)
         if modules.embed is not None:
             x, _ = modules.embed(_Embed(self._dtype), None, run)
+        cache = list(self.cache)
         for i, (layer, experts) in enumerate(zip(modules.layers, brought, strict=False)):
-            x, self._cache[i] = layer(x, self._cache[i], run, experts)
+            x, cache[i] = layer(x, cache[i], run, experts)
+        self.cache = tuple(cache)
         if modules.norm is not None:
             x, _ = modules.norm(_norm, None, x, at)
         if modules.head is not None:

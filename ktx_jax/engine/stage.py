@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Float
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
 
 from ktx_jax.engine.program import BY_SHARD, Bound, Program
 from ktx_jax.engine.scheduler import Limits
-from ktx_jax.model.cache import Cache, Run, new_cache
+from ktx_jax.model.cache import Cache, Run, copy_pages, new_cache
 from ktx_jax.model.config import Config
 from ktx_jax.model.modules import DeepseekV2ForCausalLM
 from ktx_jax.sharding.load import LoadedStage
@@ -26,7 +26,13 @@ Kind: TypeAlias = Literal["prefill", "decode", "stream"]
 
 @runtime_checkable
 class Stage(Protocol):
-    """What one stage computes."""
+    """What one stage computes.
+
+    Attributes:
+      cache: of its layers, each shard's pages in turn.
+    """
+
+    cache: Cache
 
     def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> Any:
         """Adds the run to the cache; what the next stage needs, or for the last one what `tail` gives.
@@ -94,3 +100,22 @@ def stage_cache(config: Config, loaded: LoadedStage, limits: Limits, dtype: Any)
     if isinstance(jax.tree.leaves(loaded.decode.state)[0], jax.ShapeDtypeStruct):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=by_shard), jax.eval_shape(make))
     return jax.jit(make, out_shardings=by_shard)()
+
+
+def copied_pages(cache: Cache, source: Any, target: Any) -> Cache:
+    """The cache after copying pages within each shard's part; arrays [S, n], see `cache.copy_pages`."""
+    sharding = cache[0].sharding
+    assert isinstance(sharding, NamedSharding)
+    return _copied(cache, source, target, mesh=sharding.mesh)
+
+
+@jax.jit(donate_argnames="cache", static_argnames="mesh")
+def _copied(cache: Cache, source: Any, target: Any, *, mesh: Mesh) -> Cache:
+    def of_shard(cache: Cache, source: Int[Array, "1 n"], target: Int[Array, "1 n"]) -> Cache:
+        return copy_pages(cache, source[0], target[0])
+
+    if mesh.size == 1:
+        return of_shard(cache, source, target)
+    return jax.shard_map(of_shard, mesh=mesh, in_specs=BY_SHARD, out_specs=BY_SHARD, check_vma=False)(
+        cache, source, target
+    )

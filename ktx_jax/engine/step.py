@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ktx_jax.engine.layered import LayeredStage
+from ktx_jax.engine.likelihood import likelihood
 from ktx_jax.engine.program import compiled
 from ktx_jax.engine.requests import Request
 from ktx_jax.engine.sampling import Draw, Drawn, sample
 from ktx_jax.engine.scheduler import Limits, Work
-from ktx_jax.engine.stage import FusedStage, Kind, Stage, Tail
+from ktx_jax.engine.stage import FusedStage, Kind, Stage, Tail, copied_pages
 from ktx_jax.model.cache import Run
 from ktx_jax.model.config import Config
 from ktx_jax.sharding.load import Loaded, LoadedStage
@@ -55,6 +56,17 @@ class Steps:
     def logits(self, run: Run, at: Int[np.ndarray, "S L"], *, kind: Kind = "prefill") -> Float[Array, "S L V"]:
         """Adds the run to the cache; float32 logits of its tokens `at`."""
         return self._through(run, at, None, whole_logits, kind)
+
+    def score(
+        self, run: Run, at: Int[np.ndarray, "S L"], target: Int[np.ndarray, "S L"]
+    ) -> tuple[Float[Array, "S L"], Bool[Array, "S L"]]:
+        """Adds the run to the cache; how likely `target` is after each of its tokens `at`, as `likelihood` says."""
+        return self._through(run, at, target, likelihood, "prefill")
+
+    def copy_pages(self, source: Int[np.ndarray, "S n"], target: Int[np.ndarray, "S n"]) -> None:
+        """Copies pages within each shard's part of the cache, as `cache.copy_pages`."""
+        for stage in self.stages:
+            stage.cache = copied_pages(stage.cache, source, target)
 
     @property
     def compiled(self) -> int:

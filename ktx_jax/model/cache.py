@@ -54,3 +54,8 @@ def write(pages: jax.Array, rows: Float[Array, "T R_P"], run: Run, *, implementa
         rows = jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
     flat = pages.reshape(count * page, width).at[place].set(rows.astype(pages.dtype), mode="drop")
     return flat.reshape(pages.shape)
+
+
+def copy_pages(cache: Cache, source: Int[Array, " n"], target: Int[Array, " n"]) -> Cache:
+    """The cache with the pages `target` as the pages `source` are; a target beyond the last page is dropped."""
+    return tuple(pages.at[target].set(pages[source], mode="drop") for pages in cache)

@@ -8,7 +8,7 @@ On a mesh, everything here runs inside `jax.shard_map`: a weight is this device'
 says, and activations between modules are whole. Where they are cut inside one, comments give the axes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from ktx_jax import ops
 from ktx_jax.model.cache import Cache, Run, write
+from ktx_jax.model.capture import current, tracing
 from ktx_jax.model.config import Config
 from ktx_jax.model.rope import cos_sin, rotate
 from ktx_jax.ops.parallel import Axes, add_up, first_index, into_blocks, offset_in_block, out_of_blocks, part_of, recut
@@ -86,6 +87,8 @@ class RMSNorm(Cut):
 class Embedding(Linear):
     """The embedding `[V, D]`, and where there is no other, the head."""
 
+    method = "rows"
+
     def __init__(self, vocab: int, size: int, rngs: nnx.Rngs):
         super().__init__(vocab, size, rngs=rngs)
         self.size = size
@@ -108,6 +111,8 @@ class Attention(nnx.Module):
     What makes, asks and reads the latent is `precise`: an error there is met again by every later token, and these
     products are a few hundredths of the model's.
     """
+
+    gives_pages = True
 
     def __init__(self, c: Config, rngs: nnx.Rngs):
         self.config = c
@@ -172,6 +177,8 @@ def _total(*sums: Sum) -> jax.Array:
 
 
 class MLP(nnx.Module):
+    method = "partial"
+
     def __init__(self, size: int, width: int, rngs: nnx.Rngs):
         self.gate_proj = Linear(width, size, rngs=rngs)
         self.up_proj = Linear(width, size, rngs=rngs)
@@ -194,6 +201,8 @@ class MLP(nnx.Module):
 class Experts(nnx.Module):
     """The routed experts' stacked weights."""
 
+    method = "partial"
+
     def __init__(self, c: Config, rngs: nnx.Rngs):
         count, width, size = c.n_routed_experts, c.moe_intermediate_size, c.hidden_size
         self.gate_proj = Linear(count, width, size, rngs=rngs)
@@ -215,12 +224,14 @@ class Experts(nnx.Module):
 class Router(Linear):
     """Group-limited greedy top-k over the float32 softmax of all experts (section 2.2.2; group score: its best)."""
 
+    method = "route"
+
     def __init__(self, c: Config, rngs: nnx.Rngs):
         super().__init__(c.n_routed_experts, c.hidden_size, rngs=rngs)
         self.config = c
 
     def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        return jax.nn.softmax(self(x.astype(jnp.float32)), axis=-1)
+        return ops.softmax(self(x.astype(jnp.float32)))
 
     def route(self, x: Float[Array, "T D"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         c, scores = self.config, self.scores(x)
@@ -261,6 +272,8 @@ class MoE(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
+    gives_pages = True
+
     def __init__(self, c: Config, layer: int, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c, rngs)
@@ -290,12 +303,20 @@ class DecoderLayer(nnx.Module):
 
 
 @jax.jit(static_argnums=0)
-def _layer(graphdef: Any, state: Any, x: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
-    """One layer as a jitted function: layers that differ in nothing but values are traced and lowered once."""
-    return nnx.merge(graphdef, state)(x, *rest)
+def _layer(
+    graphdef: Any, state: Any, added: Mapping[str, jax.Array], *inputs: Any
+) -> tuple[tuple[jax.Array, jax.Array], Mapping[str, Any]]:
+    """One layer as a jitted function: layers that differ in nothing but values are traced and lowered once.
+
+    The second result is what its tapped modules gave: nothing, as a rule.
+    """
+    with tracing(added) as trace:
+        return nnx.merge(graphdef, state)(*inputs), trace.seen
 
 
 class DeepseekV2Model(nnx.Module):
+    gives_pages = True
+
     def __init__(self, c: Config, has: Callable[[str], bool], rngs: nnx.Rngs):
         self.config = c
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, rngs) if has("model.embed_tokens") else None
@@ -307,12 +328,14 @@ class DeepseekV2Model(nnx.Module):
     def __call__(self, run: Run, cache: Cache, x: jax.Array | None, dtype: Any) -> tuple[Float[Array, "T D"], Cache]:
         h = self._embedded(run, x, dtype)
         cos, sin = cos_sin(self.config, run.positions)
-        pages = []
+        pages, trace = [], current()
         for i, layer in enumerate(self.layers):
             if layer is not None:
                 with jax.named_scope(f"layers.{i}"):
-                    h, layer_pages = _layer(*nnx.split(layer), h, cache[len(pages)], run, cos, sin)
+                    inputs = (h, cache[len(pages)], run, cos, sin)
+                    (h, layer_pages), seen = _layer(*nnx.split(layer), trace.added, *inputs)
                 pages.append(layer_pages)
+                trace.seen.update(seen)
         return h, tuple(pages)
 
     def _embedded(self, run: Run, x: jax.Array | None, dtype: Any) -> jax.Array:

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples run on the embedded model, say something true, and draw."""
+
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import batch_eval  # noqa: E402
+import expert_statistics  # noqa: E402
+import functional_api  # noqa: E402
+
+from ktx_jax.llm import LLM  # noqa: E402
+from ktx_jax.resources import demo_model  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(topics.values())[:4000])
+    return path
+
+
+def test_batch_eval_is_a_plain_short_script(text, tmp_path):
+    assert len((ROOT / "examples" / "batch_eval.py").read_text().splitlines()) < 80
+    perplexity = batch_eval.main(["--text", str(text), "--out", str(tmp_path / "figure.png")])
+    llm = LLM(demo_model(), implementation="xla", dtype="float32", context=128, batch=1)
+    rows = batch_eval.windows(llm, text.read_text()).reshape(-1, batch_eval.LENGTH)
+    scores = llm.score([(row[:1].tolist(), row[1:].tolist()) for row in rows])
+    nats = -np.mean([score.logprob / len(score.logprobs) for score in scores])
+    assert perplexity == pytest.approx(np.exp(nats), rel=1e-4)
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_soft_prompt_is_learned(tmp_path):
+    losses = functional_api.main(["--steps", "12", "--out", str(tmp_path / "figure.png")])
+    assert losses[-1] < losses[0] / 2
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_expert_statistics(text, tmp_path):
+    shares = expert_statistics.main(["--text", str(text), "--out", str(tmp_path / "figure.png")])
+    llm = LLM(demo_model(), implementation="xla", dtype="float32", context=64, batch=1)
+    config = llm.config
+    assert shares.shape == (config.num_hidden_layers - config.first_k_dense_replace, config.n_routed_experts)
+    np.testing.assert_allclose(shares.sum(axis=1), config.num_experts_per_tok, rtol=1e-5)
+    assert (tmp_path / "figure.png").stat().st_size > 5_000
