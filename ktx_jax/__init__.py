@@ -48,4 +48,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'ktx_jax' has no attribute {name!r}")
     import importlib
 
+    from ktx_jax.cuda_plugin import leave_out_cuda
+
+    leave_out_cuda()
     return getattr(importlib.import_module(_HOME_OF[name]), name)

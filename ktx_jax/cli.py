@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ktx_jax.cuda_plugin import leave_out_cuda
 from ktx_jax.errors import KtxError
 
 app = typer.Typer(
@@ -221,6 +222,12 @@ def plan(
     context: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and reply together.")] = 4096,
     batch: Batch = 8,
     dtype: Dtype = "bfloat16",
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile its steps for the target, which need not be here (extra `aot`).")
+    ] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="With --compile: every layer, not one of each kind. Takes minutes.")
+    ] = False,
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the plan in an HTML file.")] = None,
     png: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw it as PNG (extra `plot`).")] = None,
@@ -228,13 +235,13 @@ def plan(
 ) -> int:
     """Show what goes where under a rule file, and whether it fits.
 
-    The devices need not be here, and of the model only headers are read. Exit code 1: it does not fit.
+    The devices need not be here, and of the model only headers are read. Exit code 1: it does not fit, or compile.
     """
     from ktx_jax.commands.plan import PlanOptions, plan
 
     options = PlanOptions(
         model, preset, quant, rules, auto, devices, target, memory, host_memory, context, batch, dtype,
-        as_json, html, png,
+        compile_, whole, as_json, html, png,
     )  # fmt: skip
     return plan(options)
 
@@ -472,6 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the program: 0 is success, 1 an error, 2 wrong arguments, 130 Ctrl-C. An error is one line on stderr."""
     global _debug
     _debug = False
+    leave_out_cuda()
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows few characters still gets the others

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden") / "plans"
 PRESETS = {"deepseek-v2.5": "v2.5", "deepseek-v2-lite": "v2-lite"}
 CONFIGS = sorted(path for name in PRESETS for path in (ROOT / "configs" / name).glob("*.yaml"))
+ONE_HOST = [path for path in CONFIGS if path.stem not in ("16gpu", "64gpu")]
+"""Those with eight devices or fewer."""
 
 
 @cache

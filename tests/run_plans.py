@@ -16,7 +16,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=9"
 import jax
 import numpy as np
 from golden_models import mean_kl
-from plan_golden import CONFIGS
+from plan_golden import ONE_HOST
 from plan_models import BETWEEN, INSIDE, cut_layers, small_model
 
 from ktx_jax import LLM, Rules, SamplingParams
@@ -60,7 +60,7 @@ def alone(path: Path, implementation: str) -> tuple[np.ndarray, list[list[int]]]
 
 
 def main(folder: Path) -> None:
-    for config in CONFIGS:
+    for config in ONE_HOST:
         text, layers = cut_layers(config.read_text(encoding="utf-8"))
         for implementation, shapes in (("xla", INSIDE), ("ffi", BETWEEN)):
             path = small_model(shapes[config.parent.name], layers, folder)

@@ -19,7 +19,7 @@ LEVELS = [
     {"model"},
     {"ops", "tokenizer", "pretokenizers", "chat", "template_sandbox"},
     {"quantized"},
-    {"gguf", "resources"},
+    {"gguf", "resources", "cuda_plugin"},
     {"errors"},
     {"pallas_kernels", "ktx_ffi"},
 ]

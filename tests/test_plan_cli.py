@@ -10,10 +10,13 @@ import xml.etree.ElementTree as ET
 import pytest
 from plan_golden import CONFIGS, ROOT, config_plan
 
+from ktx_jax.aot.compile import Compilation, CompiledStep
+from ktx_jax.aot.hlo import CompiledCollective
 from ktx_jax.cli import main
 from ktx_jax.gguf.writer import TensorSource, _aligned, _header
 from ktx_jax.presets import planned_tensors, resolve
 from ktx_jax.sharding.drawing import Rect
+from ktx_jax.sharding.step_size import step_size
 from ktx_jax.synth import _metadata
 
 V25 = ROOT / "configs" / "deepseek-v2.5"
@@ -66,6 +69,70 @@ def test_a_plan_as_json(capsys):
     assert plan["devices"]["gpu:0"]["total"] == sum(
         plan["devices"]["gpu:0"][part] for part in ("weights", "cache", "workspace", "streamed")
     )
+
+
+def test_what_a_step_takes_at_least(capsys):
+    options = ["plan", *PRESET, "--rules", V25 / "8gpu-2stages.yaml", "--target", "h200"]
+    _, out, _ = run(capsys, *options)
+    assert "Roofline" in out
+    assert "with 2 steps of 4 in flight" in out
+    _, out, _ = run(capsys, *options, "--json")
+    decode = json.loads(out)["roofline"]["decode"]
+    assert decode["tokens"] == 8
+    assert len(decode["stages"]) == 2
+    for stage in decode["stages"]:
+        assert stage["seconds"] == pytest.approx(
+            max(stage["memory_s"], stage["compute_s"])
+            + stage["collectives_s"] + stage["host_s"] + stage["transfer_s"]
+        )  # fmt: skip
+    assert decode["seconds"] == pytest.approx(sum(stage["seconds"] for stage in decode["stages"]))
+    assert "roofline" not in json.loads(run(capsys, "plan", *PRESET, "--json")[1])
+
+
+def step_of(phase, count, **values):
+    """A compiled step of one stage with `count` all-reduces, as many as `8gpu.yaml` predicts for 121."""
+    size = {"decode": 8, "prefill": 512}[phase] * 5120 * 2
+    sums = CompiledCollective("all-reduce", 8, (tuple(range(8)),), size, count, True, "layers.3/psum")
+    logits = CompiledCollective("all-gather", 8, (tuple(range(8)),), 8 * 102400 * 4, 1, True, "lm_head")
+    return CompiledStep(0, phase, 20_600_000_000, (), 14_000_000, 56, (sums, logits), 9.0, **values)
+
+
+def test_what_the_compiler_says_is_shown(capsys, tmp_path, monkeypatch):
+    def compile_plan(made, target, *, whole):
+        assert (target.name, whole) == ("NVIDIA H200", True)
+        sizes = tuple(step_size(made, phase) for phase in ("decode", "prefill"))
+        return Compilation(sizes, (step_of("decode", 121), step_of("prefill", 122)), 60, 18.0, 2 * 10**9)
+
+    monkeypatch.setattr("ktx_jax.commands.plan.compile_plan", compile_plan)
+    options = ["plan", *PRESET, "--rules", V25 / "8gpu.yaml", "--target", "h200", "--compile", "--whole"]
+    code, out, _ = run(capsys, *options, "--html", tmp_path / "plan.html")
+    assert code == 0
+    assert "Compiled by XLA: 60 layers; 18 s, 2.0 GB of memory" in out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert any(line.startswith("decode 0 all-reduce 8 81.9 kB 121 121 embed_tokens, layers.0-59") for line in lines)
+    assert any(line.startswith("prefill 0 all-reduce 8 5.2 MB 121 122 !") for line in lines)
+    assert any(line.startswith("decode 0 20.6 GB 20.6 GB 14.0 MB") for line in lines)
+    assert "Compiled by XLA" in (tmp_path / "plan.html").read_text(encoding="utf-8")
+    _, out, _ = run(capsys, *options, "--json")
+    step = json.loads(out)["compiled"]["steps"][1]
+    assert (step["phase"], step["arguments"], step["error"]) == ("prefill", 20_600_000_000, None)
+    assert [(e["predicted"], e["compiled"]) for e in step["collectives"]] == [(121, 122), (1, 1)]
+
+
+def test_an_error_of_the_compiler_is_a_failure(capsys, monkeypatch):
+    def compile_plan(made, target, *, whole):
+        step = CompiledStep(0, "decode", error="INTERNAL: ptxas exited [brackets]")
+        return Compilation((step_size(made, "decode"),), (step,), 3, 1.0, 10**9)
+
+    monkeypatch.setattr("ktx_jax.commands.plan.compile_plan", compile_plan)
+    options = ["plan", *PRESET, "--rules", V25 / "8gpu.yaml", "--target", "h200", "--compile"]
+    code, out, _ = run(capsys, *options)
+    assert code == 1
+    assert "error: stage 0 does not compile for decode: INTERNAL: ptxas exited [brackets]" in out
+    code, out, _ = run(capsys, *options, "--json")
+    assert code == 1
+    [step] = json.loads(out)["compiled"]["steps"]
+    assert step == {"phase": "decode", "stage": 0, "error": "INTERNAL: ptxas exited [brackets]"}
 
 
 def test_pictures(capsys, tmp_path):
@@ -139,6 +206,8 @@ def test_rules_convert(capsys, tmp_path):
         (["plan", *PRESET, "--auto", "x.yaml"], "--auto needs to know the devices"),
         (["plan", *PRESET, "--rules", V25 / "3gpu.yaml", "--devices", "2"], "the rules name gpu:2"),
         (["plan", *PRESET, "--context", "200000"], "context should be from 2"),
+        (["plan", *PRESET, "--compile"], "--compile needs to know for what: give --target"),
+        (["plan", *PRESET, "--target", "h200", "--whole"], "--whole says how to --compile"),
         (["rules", "check", "absent.yaml", *PRESET], "absent.yaml: cannot be read"),
     ],
 )

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from plan_golden import CONFIGS
+from plan_golden import ONE_HOST
 
 pytestmark = pytest.mark.slow
 
-CASES = [(f"{path.parent.name}/{path.stem}", op) for path in CONFIGS for op in ("xla", "ffi")]
+CASES = [(f"{path.parent.name}/{path.stem}", op) for path in ONE_HOST for op in ("xla", "ffi")]
 WORKER = Path(__file__).with_name("run_plans.py")
 
 

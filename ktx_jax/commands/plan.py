@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ktx_jax.aot.compile import Compilation, compile_plan
 from ktx_jax.commands.common import notes
 from ktx_jax.commands.model_shape import ModelShape, model_shape
+from ktx_jax.commands.plan_costs import compiled_json, compiled_text, roofline_json, roofline_text
 from ktx_jax.commands.rules import say_problems
 from ktx_jax.errors import KtxError
 from ktx_jax.sharding.auto import Sizes, choose_rules
 from ktx_jax.sharding.devices import HOST
 from ktx_jax.sharding.fit import capacities
 from ktx_jax.sharding.plan import GPU, Plan
+from ktx_jax.sharding.roofline import Roofline, pipelined, roofline
 from ktx_jax.sharding.rules import Rules
-from ktx_jax.sharding.targets import Target, load_target
+from ktx_jax.sharding.step_size import PHASES, step_size
+from ktx_jax.sharding.targets import HOST_TARGET, Target, load_target
 
 _GB = 10**9
 
@@ -36,6 +40,8 @@ class PlanOptions:
     context: int
     batch: int
     dtype: str
+    compile: bool
+    whole: bool
     as_json: bool
     html: Path | None
     png: Path | None
@@ -62,19 +68,45 @@ def _plan(options: PlanOptions) -> int:
     )
     room = _room(made, sizes, options.host_memory)
     fit = made.check(room) if room else None
+    rooflines = {} if target is None else _rooflines(made, target)
+    compiled = _compile(options, made, target)
+    texts = [made.summary(room)]
+    texts += [f"{fit}\n"] if fit is not None else []
+    texts += [roofline_text(list(rooflines.values()))] if rooflines else []
+    texts += [compiled_text(made, compiled)] if compiled is not None else []
     if options.as_json:
         said = made.to_json() | {"model": shape.name}
         if fit is not None:
             short = {s.device: {"needed": s.needed, "capacity": s.capacity} for s in fit.shortfalls}
             said["fit"] = {"ok": fit.ok, "shortfalls": short, "changes": list(fit.changes)}
+        if rooflines:
+            said["roofline"] = {phase: roofline_json(*both) for phase, both in rooflines.items()}
+        if compiled is not None:
+            said["compiled"] = compiled_json(made, compiled)
         print(json.dumps(said))
     else:
         print(f"{shape.name}, on {target.name}" if target else shape.name)
-        print(made.summary(room), end="")
-        if fit is not None:
-            print(f"\n{fit}")
-    _draw(options, shape, made, room)
-    return 0 if fit is None or fit.ok else 1
+        print("\n".join(texts), end="")
+    _draw(options, shape, made, room, texts)
+    return int((fit is not None and not fit.ok) or (compiled is not None and compiled.failed))
+
+
+def _rooflines(made: Plan, target: Target) -> dict[str, tuple[Roofline, Roofline]]:
+    """Of each kind of step the least time, of a lone one and with all stages busy."""
+    host = load_target(HOST_TARGET)
+    sizes = [step_size(made, phase) for phase in PHASES]
+    return {s.phase: (roofline(made, target, s, host=host), pipelined(made, target, s, host=host)) for s in sizes}
+
+
+def _compile(options: PlanOptions, made: Plan, target: Target | None) -> Compilation | None:
+    if not options.compile:
+        if options.whole:
+            raise KtxError("--whole says how to --compile: give both")
+        return None
+    if target is None:
+        raise KtxError("--compile needs to know for what: give --target")
+    with notes.status(f"Compiling for {target.name}"):
+        return compile_plan(made, target, whole=options.whole)
 
 
 def _memory(options: PlanOptions, target: Target | None) -> list[int] | int | None:
@@ -120,24 +152,24 @@ def _room(made: Plan, sizes: list[int] | int | None, host_memory: float | None) 
     return room
 
 
-def _draw(options: PlanOptions, shape: ModelShape, made: Plan, room: dict[str, int]) -> None:
+def _draw(options: PlanOptions, shape: ModelShape, made: Plan, room: dict[str, int], texts: list[str]) -> None:
     if options.html is None and options.png is None:
         return
     figure = made.figure(room)
     if options.html is not None:
-        options.html.write_text(_page(shape, made, figure.svg(), room), encoding="utf-8")
+        options.html.write_text(_page(shape, made, figure.svg(), texts), encoding="utf-8")
         notes.print(f"drawn in {options.html}", markup=False)
     if options.png is not None:
         figure.png(options.png)
         notes.print(f"drawn in {options.png}", markup=False)
 
 
-def _page(shape: ModelShape, made: Plan, svg: str, room: dict[str, int]) -> str:
+def _page(shape: ModelShape, made: Plan, svg: str, texts: list[str]) -> str:
     """One HTML file with the picture and the tables; it refers to nothing outside."""
     title = escape(f"{shape.name}: {made.name}")
-    fit = f"<pre>{escape(str(made.check(room)))}</pre>" if room else ""
+    tables = "\n".join(f"<pre>{escape(text)}</pre>" for text in texts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>\n'
         f'<body style="font-family: sans-serif; margin: 2em"><h1 style="font-size: 1.3em">{title}</h1>\n'
-        f"{svg}{fit}<pre>{escape(made.summary(room))}</pre>\n</body></html>\n"
+        f"{svg}{tables}\n</body></html>\n"
     )
