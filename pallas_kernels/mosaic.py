@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels need of Pallas on Mosaic GPU, the same under every JAX from 0.10.2 on, on a GPU or interpreted.
+
+Interpreted, a kernel runs in the Mosaic CPU interpreter of JAX. That one knows no register layouts, no wgmma from
+registers and no inline PTX, so here each such operation has a plain equivalent, used when `interpret` is true.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_NEW_LOADS = jax.__version_info__ >= (0, 11)
+
+ACCUMULATOR = plgpu.Layout.WGMMA
+"""A matrix spread over a warpgroup as wgmma leaves it."""
+
+BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+"""A value for each row of such a matrix, in the threads that hold the row."""
+
+BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+"""A value for each column, likewise."""
+
+
+def kernel(
+    body: Callable,
+    *,
+    interpret: bool,
+    out_type: Any,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    scratch_types: Any,
+    warpgroups: int = 1,
+    reduction_scratch_bytes: int = 0,
+) -> Callable:
+    """A Mosaic GPU kernel in lane semantics whose barriers are all written out; axis "wg" names its warpgroups."""
+    threads = {"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}
+    params = plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=reduction_scratch_bytes,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+    )
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=grid,
+        grid_names=grid_names,
+        scratch_types=scratch_types,
+        compiler_params=params,
+        interpret=interpreter_params() if interpret else None,
+        **threads,
+    )
+
+
+def interpreter_params() -> Any:
+    """Parameters that make a kernel run in the CPU interpreter.
+
+    Raises `NotImplementedError` where this JAX has no such interpreter.
+    """
+    try:
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    except ImportError as error:
+        raise NotImplementedError(f"JAX {jax.__version__} has no interpreter for Mosaic GPU kernels") from error
+    return InterpretGPUParams()
+
+
+def tiling(columns: int) -> tuple[Any, ...]:
+    """Shared memory transforms of bfloat16 rows that wgmma reads `columns` at a time: 16, 32 or 64."""
+    return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+
+
+def load(ref: Any, layout: Any, interpret: bool) -> jax.Array:
+    """A shared memory reference as registers in `layout`."""
+    if interpret:
+        return ref[...]
+    if _NEW_LOADS:
+        return plgpu.load(ref, layout=layout, optimized=False)
+    return plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def laid_out(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
+    """x in `layout`."""
+    return x if interpret else plgpu.layout_cast(x, layout)
+
+
+def along_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """A value a row (`BY_ROW`), against a matrix."""
+    return lax.broadcast_in_dim(x, shape, (0,))
+
+
+def along_columns(x: jax.Array, shape: tuple[int, int], interpret: bool) -> jax.Array:
+    """A value a column (`BY_COLUMN`), against a matrix."""
+    return laid_out(lax.broadcast_in_dim(x, shape, (1,)), ACCUMULATOR, interpret)
+
+
+def zeros(shape: tuple[int, int], interpret: bool) -> jax.Array:
+    """A float32 accumulator of zeros."""
+    return laid_out(jnp.zeros(shape, jnp.float32), ACCUMULATOR, interpret)
+
+
+def columns(shape: tuple[int, int], interpret: bool) -> jax.Array:
+    """The column of each element of a matrix, int32."""
+    if interpret:
+        return lax.broadcasted_iota(jnp.int32, shape, 1)
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=ACCUMULATOR)
+
+
+def rows(shape: tuple[int, int], interpret: bool) -> jax.Array:
+    """The row of each element of a matrix, int32."""
+    if interpret:
+        return lax.broadcasted_iota(jnp.int32, shape, 0)
+    return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=ACCUMULATOR)
+
+
+def transposed(ref: Any) -> Any:
+    """A matrix in shared memory, seen with its axes exchanged."""
+    return ref.T if _NEW_LOADS else plgpu.transpose_ref(ref, (1, 0))
+
+
+def products(pairs: Sequence[tuple[Any, Any]], columns: int, interpret: bool) -> tuple[jax.Array, ...]:
+    """a · bᵀ for each pair, float32 `[64, columns]`; a in registers or shared memory, b in shared memory."""
+    if interpret:
+        return tuple(jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32) for a, b in pairs)
+
+    def start(*sums: Any) -> tuple[jax.Array, ...]:
+        for total, (a, b) in zip(sums, pairs, strict=True):
+            plgpu.wgmma(total, a, transposed(b))
+        plgpu.wgmma_wait(0)
+        return tuple(total[...] for total in sums)
+
+    return pl.run_scoped(start, *[plgpu.ACC((64, columns), jnp.float32)] * len(pairs))
+
+
+def warpgroup_barrier(interpret: bool) -> None:
+    """Waits until every thread of this warpgroup is here: after reads of a buffer that a copy will overwrite."""
+    if not interpret:
+
+        @plgpu.inline_mgpu()
+        def barrier(_: Any) -> None:
+            mgpu.utils.warpgroup_barrier()
+
+        barrier()
+
+
+def float16_field(words: jax.Array, half: int, interpret: bool) -> jax.Array:
+    """The low (0) or high (1) 16 bits of int32 words `BY_ROW`, as a float16 number, in float32."""
+    if interpret:
+        bits = lax.shift_right_logical(words, 16 * half) & 0xFFFF
+        return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
+
+    from pallas_kernels.ptx import float16_field as inline
+
+    return inline(words, half)
+
+
+def steps_in_flight(stage_bytes: int, budget: int, most: int = 6) -> int:
+    """How many stages of `stage_bytes` a pipeline keeps within `budget` bytes of shared memory: 2 to `most`."""
+    return max(2, min(most, math.floor(budget / stage_bytes)))
