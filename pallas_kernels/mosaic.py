@@ -138,6 +138,58 @@ def products(pairs: Sequence[tuple[Any, Any]], columns: int, interpret: bool) ->
     return pl.run_scoped(start, *[plgpu.ACC((64, columns), jnp.float32)] * len(pairs))
 
 
+def accumulate(total: Any, a: jax.Array, b: Any, interpret: bool) -> Any:
+    """Starts total += a · bᵀ; a bfloat16 `[64, K]` in registers, b in shared memory. Wait with `wgmma_wait`."""
+    if interpret:
+        return total + jnp.dot(a, b[...].T, preferred_element_type=jnp.float32)
+    plgpu.wgmma(total, a, transposed(b))
+    return total
+
+
+def wgmma_wait(pending: int, interpret: bool) -> None:
+    """Waits until at most `pending` products started by this warpgroup are under way."""
+    if not interpret:
+        plgpu.wgmma_wait(pending)
+
+
+def with_sums(run: Callable, finish: Callable, shape: tuple[int, int], count: int, interpret: bool) -> None:
+    """Runs a pipeline whose carry is `count` accumulators for `accumulate`, then `finish` of their values."""
+    if interpret:
+        finish(*run(tuple(jnp.zeros(shape, jnp.float32) for _ in range(count))))
+        return
+
+    def scope(*sums: Any) -> tuple[jax.Array, ...]:
+        run(sums)
+        return tuple(total[...] for total in sums)
+
+    finish(*pl.run_scoped(scope, *[plgpu.ACC(shape, jnp.float32)] * count))
+
+
+def store_transposed(ref: Any, x: jax.Array, interpret: bool) -> None:
+    """Stores an accumulator's values `[64, M]` (bfloat16) as `[M, 64]`."""
+    if interpret:
+        ref[...] = x.T
+    else:
+        ref.T[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def joined(parts: Sequence[jax.Array], interpret: bool) -> jax.Array:
+    """Matrices side by side, each in the layout of an accumulator."""
+    if len(parts) == 1:
+        return parts[0]
+    if interpret:
+        return jnp.concatenate(parts, axis=1)
+
+    from pallas_kernels.ptx import joined as inline
+
+    return inline(parts)
+
+
+def plane_layout(rows: int) -> Any:
+    """How a warpgroup loads a tile's plane of `rows` x 64 words: vectors of up to four words a thread."""
+    return plgpu.Layout.WG_STRIDED((rows, 64), vec_size=min(rows // 2, 4))
+
+
 def warpgroup_barrier(interpret: bool) -> None:
     """Waits until every thread of this warpgroup is here: after reads of a buffer that a copy will overwrite."""
     if not interpret:

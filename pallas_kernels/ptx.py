@@ -4,6 +4,7 @@
 `pallas_kernels.unpack` says the same in `jax.numpy`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.formats import IQ4_VALUES, Format
-from pallas_kernels.mosaic import ACCUMULATOR, BY_ROW
+from pallas_kernels.mosaic import ACCUMULATOR, BY_ROW, plane_layout
 
 # Two bfloat16 of 128: a field of at most 7 bits or-ed into them makes 128 + field, exactly.
 _MAGIC = 0x43004300
@@ -101,11 +102,6 @@ def _pairs(words: list, high: list, fmt: Format) -> list:
     return _nibble_pairs(words, high, fmt)
 
 
-def plane_layout(rows: int) -> Any:
-    """How a warpgroup loads a tile's plane of `rows` x 64 words: vectors of up to four words a thread."""
-    return plgpu.Layout.WG_STRIDED((rows, 64), vec_size=min(rows // 2, 4))
-
-
 def _words(plane: Any) -> list:
     return [
         vector.extract(register, dynamic_position=[], static_position=[i])
@@ -148,3 +144,18 @@ def float16_field(words: jax.Array, half: int) -> jax.Array:
         return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
     return convert(words)
+
+
+def joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """Matrices side by side: their registers, renamed."""
+    rows, width = parts[0].shape[0], sum(p.shape[1] for p in parts)
+
+    @plgpu.inline_mgpu(
+        arg_types=(ACCUMULATOR,) * len(parts),
+        return_type=plgpu.ShapeDtypeStruct((rows, width), parts[0].dtype, layout=ACCUMULATOR),
+    )
+    def join(_: Any, *arrays: Any) -> Any:
+        registers = np.concatenate([a.registers for a in arrays], axis=1)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+    return join(*parts)

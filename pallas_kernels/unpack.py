@@ -32,7 +32,9 @@ def _tile_numbers(quants: jax.Array, high: jax.Array | None, fmt: Format) -> jax
     if fmt.name == "BF16":
         numbers = lax.bitcast_convert_type(fields << 16, jnp.float32)
     elif fmt.name == "IQ4_XS":
-        numbers = jnp.asarray(IQ4_VALUES, jnp.float32)[fields]
+        numbers = jnp.zeros(fields.shape, jnp.float32)
+        for i, value in enumerate(IQ4_VALUES):  # a table would be a constant, which a kernel cannot hold
+            numbers = jnp.where(fields == i, float(value), numbers)
     elif bits == 8:
         numbers = (fields - 2 * (fields & 0x80)).astype(jnp.float32)
     else:
@@ -58,7 +60,7 @@ def _byte(words: jax.Array, at: int) -> jax.Array:
 
 
 def group_scales(
-    words: jax.Array | None, factors: jax.Array | None, fmt: Format, tile: int, interpret: bool
+    words: jax.Array | None, factors: jax.Array | None, fmt: Format, tile: int | jax.Array, interpret: bool
 ) -> list[tuple[jax.Array | None, jax.Array | None]]:
     """(scale, minimum) of each group of a tile's columns, float32, of the shape of the words.
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile sizes of the kernels: read off the shapes and the H200's limits, not yet measured."""
+
+from typing import NamedTuple
+
+from pallas_kernels.formats import ROWS, TILE, Format
+
+MULTIPROCESSORS = 132
+"""Of an H100 or H200 (SXM)."""
+
+SHARED_BYTES = 232_448
+"""Shared memory that one block may have on Hopper."""
+
+# Blocks of one warpgroup that should share a multiprocessor in decode, and the shared memory each then has.
+_BLOCKS_EACH = 4
+_BLOCK_BYTES = 56 * 1024 - 256
+
+
+class DecodeTiles(NamedTuple):
+    """How `decode_matmul` cuts K.
+
+    Attributes:
+      step: columns a pipeline step reads.
+      splits: ranges of K that blocks of their own sum.
+      stages: steps in flight.
+    """
+
+    step: int
+    splits: int
+    stages: int
+
+
+def decode_tiles(fmt: Format, rows: int, tiles: int, n: int, k: int, weights: int) -> DecodeTiles:
+    """For `tiles` tiles of `rows` rows against `[n, k]` matrices, `weights` of them a block.
+
+    K is split until four blocks share each multiprocessor, while a range has two steps at least. How it is split does
+    not depend on `rows`.
+    """
+    step = next(s for s in (256, 192, 128, TILE) if k % s == 0 and s % fmt.depth == 0)
+    steps = k // step
+    wanted = _BLOCKS_EACH * MULTIPROCESSORS
+    blocks = n // ROWS * tiles
+    choices = [s for s in range(1, steps // 2 + 1) if steps % s == 0] or [1]
+    splits = next((s for s in choices if s * blocks >= wanted), choices[-1])
+    stage = weights * step // fmt.depth * fmt.bytes + rows * step * 2 + step // fmt.group * rows * 4
+    stages = max(2, min(4, (_BLOCK_BYTES - ROWS * rows * 4) // stage, steps // splits))
+    return DecodeTiles(step, splits, stages)
+
+
+def prefill_stages(fmt: Format, rows: int, weights: int) -> int:
+    """Steps of 64 columns in flight for tiles of `rows` rows: as many as shared memory holds, up to six."""
+    planes = fmt.quant_rows + fmt.high_rows + min(fmt.scale_rows, 1) + fmt.factor_rows
+    stage = rows * TILE * 2 + weights * 2 * planes * 256
+    return min(6, (SHARED_BYTES - 2 * rows * ROWS * 2 - 2048) // stage)
