@@ -11,6 +11,7 @@ so weights are never rounded. Ranges of K are summed afterwards, in order.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,14 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 from pallas_kernels import mosaic
 from pallas_kernels.formats import ROWS, TILE, Format, format_of
 from pallas_kernels.heuristics import DecodeTiles
+from pallas_kernels.mosaic import Ref
 from pallas_kernels.unpack import group_scales, scale_row, tile_values
 
 # Float32 registers a thread spends on sums that wait for their scales.
 _SUM_REGISTERS = 32
 
 
-def _tile_planes(record: jax.Array, fmt: Format, tile: int, interpret: bool) -> list[jax.Array]:
+def _tile_planes(record: Ref, fmt: Format, tile: int, interpret: bool) -> list[jax.Array]:
     """The planes of quants of one tile of a record in shared memory, in registers."""
     at = [(tile * fmt.quant_rows, fmt.quant_rows)]
     if fmt.high_rows:
@@ -36,7 +38,7 @@ def _tile_planes(record: jax.Array, fmt: Format, tile: int, interpret: bool) -> 
     return [mosaic.load(record.at[pl.ds(start, n)], mosaic.plane_layout(n), interpret) for start, n in at]
 
 
-def _record_scales(record: jax.Array, fmt: Format, tile: int, interpret: bool) -> list:
+def _record_scales(record: Ref, fmt: Format, tile: int, interpret: bool) -> list:
     """The scales of one tile of a record in shared memory."""
     if not fmt.scale_rows:
         return group_scales(None, None, fmt, tile, interpret)
@@ -78,7 +80,7 @@ def decode_products(
     units = [(w, r, t) for r in range(records) for t in range(fmt.tiles) for w in range(len(weights))]
     at_once = max(_SUM_REGISTERS // (fmt.groups * m // 2), 1)
 
-    def add_scaled(totals: list, batch: list, x_s: jax.Array, sums_s: jax.Array | None, records_s: Sequence) -> None:
+    def add_scaled(totals: list, batch: list, x_s: Ref, sums_s: Ref | None, records_s: Sequence) -> None:
         pairs = []
         for w, r, t in batch:
             values = tile_values(_tile_planes(records_s[w].at[0, r], fmt, t, interpret), fmt, interpret)
@@ -98,7 +100,7 @@ def decode_products(
                     x_sum = mosaic.along_columns(x_sum, shape, interpret)
                     totals[w] = totals[w] - mosaic.along_rows(minimum, shape) * x_sum
 
-    def body(*refs: jax.Array) -> None:
+    def body(*refs: Ref) -> None:
         x_g, *rest = refs
         sums_g = [rest.pop(0)] if fmt.minima else []
         records_g, expert_g = rest[: len(weights)], rest[len(weights)]
@@ -106,7 +108,7 @@ def decode_products(
         tile, block, split = (lax.axis_index(name) for name in ("tile", "block", "split"))
         first = split * steps
 
-        def step(_: jax.Array, x_s: jax.Array, *buffers: jax.Array) -> tuple[jax.Array, ...]:
+        def step(_: jax.Array, x_s: Ref, *buffers: Any) -> tuple[jax.Array, ...]:
             *refs_s, totals = buffers
             totals = list(totals)
             sums_s = refs_s[0] if fmt.minima else None

@@ -16,6 +16,29 @@ _BLOCKS_EACH = 4
 _BLOCK_BYTES = 56 * 1024 - 256
 
 
+DECODE_ROWS = 16
+"""The most rows of a tile of `decode_matmul`."""
+
+
+def decode_rows(tokens: int) -> int:
+    """Rows of a tile of `decode_matmul`."""
+    return 8 if tokens <= 8 else DECODE_ROWS
+
+
+def prefill_rows(tokens: int, weights: int) -> int:
+    """Rows of a tile of `prefill_matmul`: what the sums of one or two weights leave registers for, no more than help."""
+    most = 256 // weights
+    return next((rows for rows in (64, 128) if tokens <= rows), most)
+
+
+def group_rows(pairs: int, experts: int) -> int:
+    """Rows of an expert's tile, for `pairs` pairs spread over the experts: about twice an expert's share."""
+    share = pairs / experts
+    if share <= 12:
+        return 8 if share <= 4 else DECODE_ROWS
+    return 64 if share <= 96 else 128
+
+
 class DecodeTiles(NamedTuple):
     """How `decode_matmul` cuts K.
 
@@ -52,3 +75,8 @@ def prefill_stages(fmt: Format, rows: int, weights: int) -> int:
     planes = fmt.quant_rows + fmt.high_rows + min(fmt.scale_rows, 1) + fmt.factor_rows
     stage = rows * TILE * 2 + weights * 2 * planes * 256
     return min(6, (SHARED_BYTES - 2 * rows * ROWS * 2 - 2048) // stage)
+
+
+def attention_splits(blocks: int, positions: int) -> int:
+    """Ranges of a cache of `positions` positions: as many as give each multiprocessor a block, of 256 or more each."""
+    return max(1, min(MULTIPROCESSORS // blocks, positions // 256))

@@ -18,6 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _NEW_LOADS = jax.__version_info__ >= (0, 11)
 
+Ref = Any
+"""A reference to memory inside a kernel."""
+
 ACCUMULATOR = plgpu.Layout.WGMMA
 """A matrix spread over a warpgroup as wgmma leaves it."""
 
@@ -76,7 +79,7 @@ def tiling(columns: int) -> tuple[Any, ...]:
     return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
 
 
-def load(ref: Any, layout: Any, interpret: bool) -> jax.Array:
+def load(ref: Ref, layout: Any, interpret: bool) -> jax.Array:
     """A shared memory reference as registers in `layout`."""
     if interpret:
         return ref[...]
@@ -119,7 +122,7 @@ def rows(shape: tuple[int, int], interpret: bool) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=ACCUMULATOR)
 
 
-def transposed(ref: Any) -> Any:
+def transposed(ref: Ref) -> Ref:
     """A matrix in shared memory, seen with its axes exchanged."""
     return ref.T if _NEW_LOADS else plgpu.transpose_ref(ref, (1, 0))
 
@@ -146,6 +149,19 @@ def accumulate(total: Any, a: jax.Array, b: Any, interpret: bool) -> Any:
     return total
 
 
+def accumulated(total: jax.Array, a: Any, b: Any, interpret: bool) -> jax.Array:
+    """total + a · b, with both in shared memory."""
+    if interpret:
+        return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.ACC.init(total))
+
+
+def keep_registers(count: int, more: bool, interpret: bool) -> None:
+    """Gives up or asks for registers, so that a thread of this warpgroup has `count`."""
+    if not interpret:
+        plgpu.set_max_registers(count, action="increase" if more else "decrease")
+
+
 def wgmma_wait(pending: int, interpret: bool) -> None:
     """Waits until at most `pending` products started by this warpgroup are under way."""
     if not interpret:
@@ -165,7 +181,7 @@ def with_sums(run: Callable, finish: Callable, shape: tuple[int, int], count: in
     finish(*pl.run_scoped(scope, *[plgpu.ACC(shape, jnp.float32)] * count))
 
 
-def store_transposed(ref: Any, x: jax.Array, interpret: bool) -> None:
+def store_transposed(ref: Ref, x: jax.Array, interpret: bool) -> None:
     """Stores an accumulator's values `[64, M]` (bfloat16) as `[M, 64]`."""
     if interpret:
         ref[...] = x.T

@@ -7,6 +7,7 @@ registers, and are the reference's to the bit: one float32 product and differenc
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Array, BFloat16, Int32
 from pallas_kernels import mosaic
 from pallas_kernels.formats import ROWS, TILE, Format, format_of
 from pallas_kernels.heuristics import prefill_stages
+from pallas_kernels.mosaic import Ref
 from pallas_kernels.unpack import group_scales, scale_row, tile_values
 
 _COMPUTE = 2
@@ -45,7 +47,7 @@ def _plane_specs(fmt: Format) -> list[plgpu.BlockSpec]:
     return specs
 
 
-def _dequantized(planes: Sequence[jax.Array], fmt: Format, wg: jax.Array, tile: jax.Array, interpret: bool) -> jax.Array:
+def _dequantized(planes: Sequence[Ref], fmt: Format, wg: jax.Array, tile: jax.Array, interpret: bool) -> jax.Array:
     """This warpgroup's tile of the weight, `[64, 64]` bfloat16, from the planes in shared memory."""
     *quants, last = planes if fmt.factor_rows else (*planes, None)
     words = quants.pop() if fmt.scale_rows else None
@@ -92,13 +94,13 @@ def prefill_products(
     specs = _plane_specs(fmt)
     steps = k // TILE
 
-    def body(x_g: jax.Array, *refs: jax.Array) -> None:
+    def body(x_g: Ref, *refs: Ref) -> None:
         records_g, (expert_g, out_g, out_s) = refs[: len(weights)], refs[len(weights) :]
         block, tile, wg = (lax.axis_index(name) for name in ("block", "tile", "wg"))
         # With an odd number of slices the last two blocks share one, and write it twice alike.
         first = jnp.minimum(block * _COMPUTE, slices - _COMPUTE)
 
-        def step(indices: tuple, x_s: jax.Array, *planes: jax.Array) -> tuple:
+        def step(indices: tuple, x_s: Ref, *planes: Any) -> tuple:
             *planes, sums = planes
             at = lax.rem(indices[0], fmt.tiles)
             sums = list(sums)

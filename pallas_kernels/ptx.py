@@ -50,6 +50,15 @@ def _subtract(a: Any, b: Any) -> Any:
     return _asm("sub.rn.bf16x2 $0, $1, $2;", a, b)
 
 
+def _mask(word: Any, bits: int) -> Any:
+    return arith.andi(word, _const(bits))
+
+
+def _permute(a: Any, b: Any, selector: Any) -> Any:
+    """Four of the eight bytes of a and b, chosen by the low three bits of the selector's nibbles."""
+    return _asm("prmt.b32 $0, $1, $2, $3;", a, b, selector)
+
+
 def _from_bytes(word: Any) -> Any:
     """Two signed bytes, at bits 0 and 16: 128 + the low 7 bits, less 128 or, where the sign bit is set, 256."""
     return _subtract(_merge(word, 0x007F007F, _const(_MAGIC)), _merge(word, 0x00800080, _const(_MAGIC)))
@@ -75,20 +84,17 @@ def _table_pairs(words: list) -> list:
         _const(int.from_bytes(np.array(IQ4_VALUES[i : i + 4], np.int8).tobytes(), "little")) for i in (0, 4, 8, 12)
     ]
 
-    def permute(a: Any, b: Any, selector: Any) -> Any:
-        return _asm("prmt.b32 $0, $1, $2, $3;", a, b, selector)
-
     def look_up(nibbles: Any) -> Any:
-        low_bits = arith.andi(nibbles, _const(0x7777))
+        low_bits = _mask(nibbles, 0x7777)
         which = _merge(_shift_right(nibbles, 1), 0x4444, _const(0x3210))
-        return permute(permute(table[0], table[1], low_bits), permute(table[2], table[3], low_bits), which)
+        return _permute(_permute(table[0], table[1], low_bits), _permute(table[2], table[3], low_bits), which)
 
     pairs = []
     for word in words:
         first, second = look_up(word), look_up(_shift_right(word, 16))
         for i in range(4):
             selector = (4 + i) << 12 | (4 + i) << 8 | i << 4 | i
-            pairs.append(_from_bytes(permute(first, second, _const(selector))))
+            pairs.append(_from_bytes(_permute(first, second, _const(selector))))
     return pairs
 
 

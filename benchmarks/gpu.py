@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU kernels on a GPU: right, and how near to what the device can do. One command, under ten minutes.
+
+    python benchmarks/gpu.py [--only WORD ...] [--json benchmarks/results/NAME.json]
+
+First what the device can do: bytes copied a second and bfloat16 products a second, by XLA. Then each kernel against the
+float32 reference at a small size, then its time at the sizes of the models. Operands are larger than the L2 cache and
+rotated: a program calls a kernel once on each of several sets of them, and its time is divided by their number; medians
+of programs' times. Weights are random and made on the device. Without a GPU it says so and exits with 1.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.formats import FORMATS
+from pallas_kernels.grouped_matmul import grouped_mlp, grouped_mlp_reference
+from pallas_kernels.mla_attention import mla_attention, mla_attention_reference
+from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmul_reference
+
+L2_BYTES = 50 << 20
+ROTATED_BYTES = 8 * L2_BYTES
+MOST_SETS = 24
+REPEATS = 15
+
+
+def random_records(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Records of random bits, but for scales of a size that keeps results finite."""
+    fmt = FORMATS[name]
+    shape = fmt.record_shape(shape)
+    bits_key, scale_key = jax.random.split(key)
+    if name == "BF16":
+        pairs = jax.random.normal(bits_key, (*shape, 2), jnp.bfloat16)
+        return jax.lax.bitcast_convert_type(pairs, jnp.int32)
+    records = jax.lax.bitcast_convert_type(jax.random.bits(bits_key, shape, jnp.uint32), jnp.int32)
+    row = fmt.factor_at if fmt.factor_rows else fmt.scale_at
+    scales = jax.random.uniform(scale_key, (*shape[:-2], 64, 2), jnp.float32, 1e-3, 1e-2).astype(jnp.float16)
+    return records.at[..., row, :].set(jax.lax.bitcast_convert_type(scales, jnp.int32))
+
+
+def median_seconds(call: Callable, sets: list[tuple]) -> float:
+    """Of one call among calls on each of the sets, in one program."""
+    once = jax.jit(call)
+    program = jax.jit(lambda sets: [once(*operands) for operands in sets])
+    jax.block_until_ready(program(sets))
+    times = []
+    for _ in range(REPEATS):
+        begun = time.perf_counter()
+        jax.block_until_ready(program(sets))
+        times.append(time.perf_counter() - begun)
+    return float(np.median(times)) / len(sets)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the device does for XLA: bytes/s read and written by a copy, bfloat16 operations/s (two a product)."""
+
+    bandwidth: float
+    operations: float
+
+
+def measure_limits() -> Limits:
+    size = 1 << 30
+    arrays = [(jnp.full(size // 2, i, jnp.bfloat16),) for i in range(2)]
+    copy = median_seconds(lambda x: -x, arrays)
+    n = 8192
+    keys = jax.random.split(jax.random.key(0), 4)
+    matrices = [jax.random.normal(k, (n, n), jnp.bfloat16) for k in keys]
+    matmul = median_seconds(lambda a, b: a @ b, [(matrices[0], matrices[1]), (matrices[2], matrices[3])])
+    return Limits(2 * size / copy, 2 * n**3 / matmul)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A kernel at a small size, against the reference. `make` gives operands from a key."""
+
+    name: str
+    kernel: Callable
+    reference: Callable
+    make: Callable[[jax.Array], tuple]
+    tolerance: float
+
+    def error(self) -> float:
+        """The largest error over the largest value."""
+        operands = self.make(jax.random.key(1))
+        got, want = (np.asarray(jax.jit(f)(*operands), np.float64) for f in (self.kernel, self.reference))
+        return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A kernel at a model's size: the bytes it must read and write, the operations it must do."""
+
+    name: str
+    kernel: Callable
+    make: Callable[[jax.Array], tuple]
+    read: float
+    operations: float
+
+
+def _rows(key: jax.Array, *shape: int) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.bfloat16)
+
+
+def _matmul_operands(name: str, rows: int, n: int, k: int, key: jax.Array) -> tuple:
+    keys = jax.random.split(key)
+    return _rows(keys[0], rows, k), random_records(keys[1], name, (n, k))
+
+
+def _experts_operands(names: tuple[str, str], tokens: int, e: int, width: int, d: int, k: int, key: jax.Array) -> tuple:
+    keys = jax.random.split(key, 6)
+    ids = jax.vmap(lambda key: jax.random.permutation(key, e)[:k])(jax.random.split(keys[0], tokens))
+    weights = jax.random.uniform(keys[1], (tokens, k))
+    gate, up = (random_records(key, names[0], (e, width, d)) for key in keys[2:4])
+    down = random_records(keys[4], names[1], (e, d, width))
+    return _rows(keys[5], tokens, d) * jnp.bfloat16(0.1), ids.astype(jnp.int32), weights, gate, up, down
+
+
+def _attention_operands(tokens: int, tile: int, heads: int, positions: int, page: int, key: jax.Array) -> tuple:
+    batch, each = tokens // tile, positions // page
+    keys = jax.random.split(key, 4)
+    pages = jax.lax.bitcast_convert_type(_rows(keys[0], batch * each, page, 576), jnp.uint16)
+    table = jax.random.permutation(keys[1], batch * each).reshape(batch, each).astype(jnp.int32)
+    sequence = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), tile)
+    at = positions - tile + jnp.tile(jnp.arange(tile, dtype=jnp.int32), batch)
+    queries = [_rows(keys[2], tokens, heads, 512) * 0.3, _rows(keys[3], tokens, heads, 64) * 0.3]
+    return *(q.astype(jnp.bfloat16) for q in queries), pages, table, sequence, at
+
+
+def checks() -> Iterator[Check]:
+    for name in FORMATS:
+        for rows, dtype, tolerance in ((5, jnp.float32, 1e-5), (16, jnp.float32, 1e-5), (300, jnp.bfloat16, 1e-2)):
+            yield Check(
+                f"matmul {name}, {rows} rows",
+                partial(quantized_matmul, name=name, dtype=dtype),
+                partial(quantized_matmul_reference, name=name),
+                partial(_matmul_operands, name, rows, 1472, 2816),
+                tolerance,
+            )
+    for names in (("Q4_K", "Q6_K"), ("Q4_K", "Q5_0"), ("IQ4_XS", "IQ4_XS")):
+        for tokens in (1, 13, 200):
+            yield Check(
+                f"experts {'/'.join(names)}, {tokens} tokens",
+                partial(grouped_mlp, names=names),
+                partial(grouped_mlp_reference, names=names),
+                partial(_experts_operands, names, tokens, 8, 512, 768, 3),
+                2e-2,
+            )
+    for tokens, tile, heads, positions, page in ((3, 1, 16, 1000, 8), (4, 1, 128, 2048, 64), (64, 16, 16, 1024, 16)):
+        yield Check(
+            f"attention, {tokens} tokens by {tile}, {heads} heads",
+            partial(mla_attention, scale=0.1, tile=tile),
+            partial(mla_attention_reference, scale=0.1),
+            partial(_attention_operands, tokens, tile, heads, positions, page),
+            1e-2,
+        )
+
+
+def timings() -> Iterator[Timing]:
+    for name in FORMATS:
+        for n, k in ((12288, 5120), (5120, 12288)) if name == "Q4_K" else ((12288, 5120),):
+            weight = 4 * np.prod(FORMATS[name].record_shape((n, k)))
+            for rows in (1, 16, 4096):
+                read = weight + 2 * rows * (n + k)
+                call = partial(quantized_matmul, name=name)
+                make = partial(_matmul_operands, name, rows, n, k)
+                yield Timing(f"matmul {name} {n} x {k}, {rows} rows", call, make, read, 2.0 * rows * n * k)
+    names, e, width, d, k = ("Q4_K", "Q6_K"), 160, 1536, 5120, 6
+    gate, down = (4 * np.prod(FORMATS[f].record_shape(s)) for f, s in zip(names, ((width, d), (d, width)), strict=True))
+    for tokens in (1, 8, 64, 512, 4096):
+        touched = e * (1 - (1 - k / e) ** tokens)  # distinct experts, on average
+        read = touched * (2 * gate + down) + 2 * tokens * d * (k + 1)
+        make = partial(_experts_operands, names, tokens, e, width, d, k)
+        operations = 2.0 * tokens * k * 3 * width * d
+        yield Timing(f"experts of V2.5, {tokens} tokens", partial(grouped_mlp, names=names), make, read, operations)
+    for tokens, tile, heads, positions in (
+        (1, 1, 128, 4096),
+        (8, 1, 128, 32768),
+        (64, 1, 128, 4096),
+        (64, 1, 16, 4096),
+        (512, 16, 128, 4096),
+    ):
+        read = tokens // tile * positions * 1152 + tokens * heads * (576 * 2 + 512 * 4)
+        call = partial(mla_attention, scale=0.1, tile=tile)
+        make = partial(_attention_operands, tokens, tile, heads, positions, 64)
+        operations = 2.0 * tokens * heads * positions * (576 + 512)
+        name = f"attention, {tokens} tokens by {tile}, {heads} heads, {positions} cached"
+        yield Timing(name, call, make, read, operations)
+
+
+def run_checks(words: list[str]) -> list[dict[str, Any]]:
+    results = []
+    for check in checks():
+        if all(word in check.name for word in words):
+            error = check.error()
+            right = bool(error <= check.tolerance)
+            results.append({"name": check.name, "error": error, "tolerance": check.tolerance, "right": right})
+            print(f"{'right' if right else 'WRONG':6} {check.name:52} error {error:.1e} of {check.tolerance:.0e}", flush=True)
+    return results
+
+
+def run_timings(words: list[str], limits: Limits) -> list[dict[str, Any]]:
+    print(f"\n{'kernel':58} {'us':>9} {'GB/s':>7} {'TFLOP/s':>8} {'of roofline':>11}")
+    results = []
+    for timing in timings():
+        if not all(word in timing.name for word in words):
+            continue
+        operands = timing.make(jax.random.key(2))
+        size = sum(a.nbytes for a in operands)
+        count = int(max(2, min(MOST_SETS, -(-ROTATED_BYTES // size))))
+        sets = [operands] + [timing.make(jax.random.key(3 + i)) for i in range(count - 1)]
+        seconds = median_seconds(timing.kernel, sets)
+        roofline = max(timing.read / limits.bandwidth, timing.operations / limits.operations)
+        result = {
+            "name": timing.name,
+            "microseconds": seconds * 1e6,
+            "gigabytes_a_second": timing.read / seconds / 1e9,
+            "teraflops": timing.operations / seconds / 1e12,
+            "of_roofline": roofline / seconds,
+        }
+        results.append(result)
+        print(
+            f"{timing.name:58} {result['microseconds']:9.1f} {result['gigabytes_a_second']:7.0f} "
+            f"{result['teraflops']:8.1f} {result['of_roofline']:11.0%}",
+            flush=True,
+        )
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=[], help="cases whose names contain each of these words")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        print(f"No GPU: JAX sees {device.device_kind} ({device.platform}). Nothing was run.", file=sys.stderr)
+        return 1
+    if not str(getattr(device, "compute_capability", "")).startswith("9."):
+        print(f"The kernels are for Hopper (compute capability 9.0); this is {device.device_kind}.", file=sys.stderr)
+        return 1
+    begun = time.perf_counter()
+    limits = measure_limits()
+    print(f"{device.device_kind}, jax {jax.__version__}: copies {limits.bandwidth / 1e9:.0f} GB/s (read and written), ")
+    print(f"bfloat16 products {limits.operations / 1e12:.0f} TFLOP/s\n")
+    right = run_checks(options.only)
+    timed = run_timings(options.only, limits)
+    print(f"\n{time.perf_counter() - begun:.0f} s in all")
+    if options.json:
+        record = {
+            "date": time.strftime("%Y-%m-%d"),
+            "device": device.device_kind,
+            "jax": jax.__version__,
+            "limits": asdict(limits),
+            "checks": right,
+            "timings": timed,
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if all(r["right"] for r in right) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A routed stack of gated MLPs over packed weights (DeepSeekMoE, arXiv:2401.06066), and its reference in plain XLA."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Int, Int32
+
+from pallas_kernels.decode_matmul import decode_products
+from pallas_kernels.formats import format_of
+from pallas_kernels.groups import group_pairs
+from pallas_kernels.heuristics import DECODE_ROWS, decode_tiles, group_rows
+from pallas_kernels.prefill_matmul import prefill_products
+from pallas_kernels.unpack import dequantize
+
+
+def _silu(x: jax.Array) -> jax.Array:
+    return x / (1.0 + jnp.exp(-x))
+
+
+def grouped_mlp_reference(
+    x: BFloat16[Array, "T D"],
+    ids: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
+    gate: Int32[Array, "E n k rows 64"],
+    up: Int32[Array, "E n k rows 64"],
+    down: Int32[Array, "E n2 k2 rows2 64"],
+    names: tuple[str, str],
+) -> Float[Array, "T D"]:
+    """`grouped_mlp` with every expert dequantized and applied to every token, in float32 throughout."""
+    wide = x.astype(jnp.float32)
+    gate_x, up_x = (
+        jnp.einsum("td,efd->tef", wide, dequantize(w, names[0]), precision="highest") for w in (gate, up)
+    )
+    out = jnp.einsum("tef,edf->ted", _silu(gate_x) * up_x, dequantize(down, names[1]), precision="highest")
+    share = jnp.einsum("tk,tke->te", weights, jax.nn.one_hot(ids, gate.shape[0]))
+    return jnp.einsum("ted,te->td", out, share, precision="highest")
+
+
+def grouped_mlp(
+    x: BFloat16[Array, "T D"],
+    ids: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
+    gate: Int32[Array, "E n k rows 64"],
+    up: Int32[Array, "E n k rows 64"],
+    down: Int32[Array, "E n2 k2 rows2 64"],
+    names: tuple[str, str],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "T D"]:
+    """Sum over each token's k experts of weight · down(silu(gate x) * (up x)), float32.
+
+    Pairs of token and expert are gathered in tiles of one expert's rows, 8 to 128 as there are tokens; only experts
+    that some token chose are read. A token's sum runs over its k slots in order. Ids outside 0..E-1 contribute nothing,
+    so under `jax.shard_map` over experts each device gives ids less its first expert, and the results are summed; over
+    the width F, the same weights' slices and a sum.
+
+    Args:
+      gate, up: records of type `names[0]` of `[E, F, D]`; down: of type `names[1]`, of `[E, D, F]`.
+      interpret: run in JAX's CPU interpreter of Mosaic kernels.
+
+    Raises `NotImplementedError` for rows that are not bfloat16, and types without records.
+    """
+    gate_fmt, down_fmt = format_of(names[0]), format_of(names[1])
+    experts, width, d = gate_fmt.weight_shape(gate.shape)
+    tokens, k = ids.shape
+    if x.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"grouped_mlp takes bfloat16 rows, not {x.dtype}")
+    for what, got, want in (
+        ("up", gate_fmt.weight_shape(up.shape), (experts, width, d)),
+        ("down", down_fmt.weight_shape(down.shape), (experts, d, width)),
+        ("x", x.shape, (tokens, d)),
+    ):
+        if tuple(got) != want:
+            raise ValueError(f"{what} has shape {tuple(got)}; beside gate {(experts, width, d)} it must have {want}")
+    rows = group_rows(tokens * k, experts)
+    groups = group_pairs(ids.reshape(-1), experts, rows)
+    # A row without a pair reads the last token: nothing will read what it gives.
+    x_rows = x[jnp.minimum(groups.pair // k, tokens - 1)].reshape(-1, rows, d)
+    tiles = x_rows.shape[0]
+    if rows <= DECODE_ROWS:
+        how = decode_tiles(gate_fmt, rows, tiles, width, d, 2)
+        gate_x, up_x = decode_products(x_rows, (gate, up), groups.expert, names[0], how, interpret=interpret)
+        hidden = (_silu(gate_x) * up_x).astype(jnp.bfloat16).transpose(0, 2, 1)
+        how = decode_tiles(down_fmt, rows, tiles, d, width, 1)
+        (out,) = decode_products(hidden, (down,), groups.expert, names[1], how, interpret=interpret)
+        out = out.transpose(0, 2, 1)
+    else:
+        hidden = prefill_products(x_rows, (gate, up), groups.expert, names[0], interpret=interpret)
+        out = prefill_products(hidden, (down,), groups.expert, names[1], interpret=interpret)
+    by_pair = out.reshape(-1, d).at[groups.place].get(mode="fill", fill_value=0).reshape(tokens, k, d)
+    return jnp.einsum("tk,tkd->td", weights.astype(jnp.float32), by_pair.astype(jnp.float32), precision="highest")

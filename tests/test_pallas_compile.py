@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU kernels through the real compiler, for an H200 that is not here: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+from conftest import ROOT
+
+SHARED_BYTES = 232_448
+
+
+def _compiled(tmp_path, model: str, *words: str) -> list[dict]:
+    if find_spec("jax_plugins.xla_cuda12") is None or find_spec("jax_cuda12_plugin") is None:
+        pytest.skip("compiling for an absent GPU needs jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12")
+    out = tmp_path / "compiled.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_compile.py"), "--models", model, "--json", str(out)]
+    command += ["--only", *words]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(out.read_text())["cases"]
+
+
+def _check(cases: list[dict], kernels: int) -> None:
+    assert cases
+    for case in cases:
+        assert len(case["registers"]) == len(case["shared"]) == kernels, case
+        assert case["spilled"] == 0, case
+        assert not case["warnings"], case
+        assert max(case["shared"]) <= SHARED_BYTES, case
+        # No weight is dequantized, no expert made dense: what is beside the kernels is activations.
+        assert case["temporaries"] < 2 << 30, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ["1 rows", "512 rows"])
+def test_matmul_of_every_type(tmp_path, rows):
+    cases = _compiled(tmp_path, "v2.5", "dense gate", f", {rows}")
+    assert len(cases) == 8
+    _check(cases, 1)
+
+
+@pytest.mark.slow
+def test_matmul_of_widths_that_64_alone_divides(tmp_path):
+    _check(_compiled(tmp_path, "lite", "dense"), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["v2.5", "lite"])
+def test_experts(tmp_path, model):
+    _check(_compiled(tmp_path, model, "experts"), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["v2.5", "lite"])
+def test_attention(tmp_path, model):
+    _check(_compiled(tmp_path, model, "attention"), 1)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU experts in Mosaic's CPU interpreter, against every expert in float32; and how pairs are grouped."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_cases import interpreter, random_records, random_rows, relative_error
+from pallas_kernels import groups
+from pallas_kernels.groups import group_pairs, tile_count
+from pallas_kernels.grouped_matmul import grouped_mlp, grouped_mlp_reference
+
+
+@given(st.lists(st.integers(-1, 6), min_size=1, max_size=60), st.sampled_from([8, 16]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_every_pair_has_a_row_in_a_tile_of_its_expert(ids, rows, compared):
+    ids, experts = np.array(ids, np.int32), 5
+    limit = groups._COMPARED_PAIRS
+    groups._COMPARED_PAIRS = 1024 if compared else 0
+    try:
+        got = group_pairs(jnp.asarray(ids), experts, rows)
+    finally:
+        groups._COMPARED_PAIRS = limit
+    expert, pair, place = (np.asarray(a) for a in got)
+    assert expert.shape == (tile_count(len(ids), experts, rows),)
+    known = (ids >= 0) & (ids < experts)
+    assert (place[~known] == expert.size * rows).all()
+    assert len(set(place[known])) == known.sum()
+    assert (expert[place[known] // rows] == ids[known]).all()
+    assert (pair[place[known]] == np.flatnonzero(known)).all()
+    assert (pair != len(ids)).sum() == known.sum()
+    used = np.unique(place[known] // rows)
+    assert (expert[np.setdiff1d(np.arange(expert.size), used)] == experts).all()
+    assert len(used) == sum(-(-(ids[known] == e).sum() // rows) for e in range(experts))
+
+
+def _case(tokens, experts, k, d, width, names, seed):
+    rng = np.random.default_rng(seed)
+    gate, up = (random_records(names[0], (experts, width, d), rng) for _ in range(2))
+    down = random_records(names[1], (experts, d, width), rng)
+    ids = np.stack([rng.choice(experts, k, replace=False) for _ in range(tokens)]).astype(np.int32)
+    ids[rng.random(ids.shape) < 0.1] = -1
+    weights = rng.uniform(0.1, 1, (tokens, k)).astype(np.float32)
+    x = random_rows((tokens, d), rng) * jnp.bfloat16(0.1)
+    return x, jnp.asarray(ids), jnp.asarray(weights), gate, up, down, names
+
+
+@pytest.mark.parametrize(
+    ("tokens", "names"),
+    [(1, ("Q4_K", "Q6_K")), (5, ("Q4_K", "Q5_0")), (9, ("IQ4_XS", "Q8_0"))],
+)
+def test_few_tokens(tokens, names):
+    case = _case(tokens, 5, 2, 256, 256, names, tokens)
+    with interpreter():
+        out = grouped_mlp(*case, interpret=True)
+    # Only the hidden values are rounded.
+    assert relative_error(out, grouped_mlp_reference(*case)) < 8e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("Q4_K", "Q6_K"), ("Q5_K", "Q8_0")])
+def test_many_tokens(names):
+    case = _case(21, 2, 2, 256, 256, names, 7)
+    with interpreter():
+        out = grouped_mlp(*case, interpret=True)
+    assert relative_error(out, grouped_mlp_reference(*case)) < 2e-2
+
+
+def test_shapes_that_do_not_fit_are_named():
+    x, ids, weights, gate, up, down, names = _case(1, 2, 1, 256, 256, ("Q4_K", "Q8_0"), 8)
+    with pytest.raises(ValueError, match="up has shape"):
+        grouped_mlp(x, ids, weights, gate, up[:1], down, names)
+    with pytest.raises(NotImplementedError, match="float32"):
+        grouped_mlp(x.astype(jnp.float32), ids, weights, gate, up, down, names)
