@@ -205,7 +205,10 @@ def run_checks(words: list[str]) -> list[dict[str, Any]]:
             error = check.error()
             right = bool(error <= check.tolerance)
             results.append({"name": check.name, "error": error, "tolerance": check.tolerance, "right": right})
-            print(f"{'right' if right else 'WRONG':6} {check.name:52} error {error:.1e} of {check.tolerance:.0e}", flush=True)
+            print(
+                f"{'right' if right else 'WRONG':6} {check.name:52} error {error:.1e} of {check.tolerance:.0e}",
+                flush=True,
+            )
     return results
 
 

@@ -39,7 +39,7 @@ from pallas_kernels.quantized_matmul import batched_matmul, quantized_matmul  # 
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes that kernels see. `matrices`: name, rows, columns, types; `experts`: E, F, k and types of gate, down."""
+    """The sizes that kernels see. `matrices`: name, N, K, types; `experts`: E, F, k and types of gate and down."""
 
     name: str
     width: int
@@ -202,8 +202,8 @@ def main() -> None:
                 results.append(done)
                 shared = " ".join(f"{n:,}" for n in done.shared)
                 print(
-                    f"{done.name}: registers {' '.join(map(str, done.registers))}, spilled {done.spilled}, shared {shared}, "
-                    f"temporaries {done.temporaries:,}, {done.seconds:.1f} s {' '.join(done.warnings)}",
+                    f"{done.name}: registers {' '.join(map(str, done.registers))}, spilled {done.spilled}, "
+                    f"shared {shared}, temporaries {done.temporaries:,}, {done.seconds:.1f} s {' '.join(done.warnings)}",
                     flush=True,
                 )
     if options.json:

@@ -108,7 +108,7 @@ def decode_products(
         tile, block, split = (lax.axis_index(name) for name in ("tile", "block", "split"))
         first = split * steps
 
-        def step(_: jax.Array, x_s: Ref, *buffers: Any) -> tuple[jax.Array, ...]:
+        def step(_: Any, x_s: Ref, *buffers: Any) -> tuple[jax.Array, ...]:
             *refs_s, totals = buffers
             totals = list(totals)
             sums_s = refs_s[0] if fmt.minima else None

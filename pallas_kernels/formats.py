@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How quantized weights lie in a GPU's memory: records of 64 rows, in the order in which a warpgroup's threads read them.
+"""How quantized weights lie in a GPU's memory: records of 64 rows, in the order in which a warpgroup reads them.
 
 A weight `[*lead, N, K]` becomes one int32 array `[*lead, N/64, K/depth, rows, 64]`. A record covers 64 rows and `depth`
 columns (a super-block, or 64 for the formats with blocks of 32) and is a stack of planes, each some rows of 64 words:

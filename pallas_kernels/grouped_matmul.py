@@ -28,9 +28,7 @@ def grouped_mlp_reference(
 ) -> Float[Array, "T D"]:
     """`grouped_mlp` with every expert dequantized and applied to every token, in float32 throughout."""
     wide = x.astype(jnp.float32)
-    gate_x, up_x = (
-        jnp.einsum("td,efd->tef", wide, dequantize(w, names[0]), precision="highest") for w in (gate, up)
-    )
+    gate_x, up_x = (jnp.einsum("td,efd->tef", wide, dequantize(w, names[0]), precision="highest") for w in (gate, up))
     out = jnp.einsum("tef,edf->ted", _silu(gate_x) * up_x, dequantize(down, names[1]), precision="highest")
     share = jnp.einsum("tk,tke->te", weights, jax.nn.one_hot(ids, gate.shape[0]))
     return jnp.einsum("ted,te->td", out, share, precision="highest")

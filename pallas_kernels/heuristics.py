@@ -26,7 +26,7 @@ def decode_rows(tokens: int) -> int:
 
 
 def prefill_rows(tokens: int, weights: int) -> int:
-    """Rows of a tile of `prefill_matmul`: what the sums of one or two weights leave registers for, no more than help."""
+    """Rows of a tile of `prefill_matmul`: no more than help, or than the registers hold sums of for so many weights."""
     most = 256 // weights
     return next((rows for rows in (64, 128) if tokens <= rows), most)
 

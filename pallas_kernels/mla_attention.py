@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Absorbed multi-head latent attention over a paged cache (DeepSeek-V2, arXiv:2405.04434, section 2.1), and its reference.
+"""Absorbed latent attention over a paged cache (DeepSeek-V2, arXiv:2405.04434, section 2.1), and its reference.
 
 One flash kernel for decode and for chunks of prompts. A block takes 64 rows, pairs of a token and a head, of one
 sequence, and a range of its cached positions. Copies of pages go to shared memory, 64 positions at a time; all rows
@@ -31,14 +31,14 @@ _NONE = -1e30
 
 
 def mla_attention_reference(
-    q_latent: BFloat16[Array, "T H 512"],
-    q_rope: BFloat16[Array, "T H 64"],
-    pages: BFloat16[Array, "pages page 576"] | UInt16[Array, "pages page 576"],
+    q_latent: BFloat16[Array, "T H R"],
+    q_rope: BFloat16[Array, "T H P"],
+    pages: BFloat16[Array, "pages page R_P"] | UInt16[Array, "pages page R_P"],
     block_table: Int[Array, "B blocks"],
     sequence: Int[Array, " T"],
     positions: Int[Array, " T"],
     scale: float,
-) -> Float32[Array, "T H 512"]:
+) -> Float32[Array, "T H R"]:
     """`mla_attention` with each token's whole row of pages gathered, in float32 throughout."""
     keys = _numbers(pages)[block_table[sequence]].astype(jnp.float32)
     keys = keys.reshape(keys.shape[0], -1, _WIDTH)  # [T, S, R + P]
@@ -55,9 +55,9 @@ def _numbers(pages: jax.Array) -> jax.Array:
 
 
 def mla_attention(
-    q_latent: BFloat16[Array, "T H 512"],
-    q_rope: BFloat16[Array, "T H 64"],
-    pages: BFloat16[Array, "pages page 576"] | UInt16[Array, "pages page 576"],
+    q_latent: BFloat16[Array, "T H R"],
+    q_rope: BFloat16[Array, "T H P"],
+    pages: BFloat16[Array, "pages page R_P"] | UInt16[Array, "pages page R_P"],
     block_table: Int[Array, "B blocks"],
     sequence: Int[Array, " T"],
     positions: Int[Array, " T"],
@@ -65,7 +65,7 @@ def mla_attention(
     scale: float,
     tile: int = 1,
     interpret: bool = False,
-) -> Float32[Array, "T H 512"]:
+) -> Float32[Array, "T H R"]:
     """Attention of each token to rows 0..position of its own sequence: the weighted sums of latents, float32.
 
     Products take bfloat16 operands (the weights of the sum included); scores, softmax and sums are float32.
@@ -134,7 +134,9 @@ def _ranges(
     scale: float,
     splits: int,
     interpret: bool,
-) -> tuple[Float32[Array, "splits blocks 64 512"], Float32[Array, "splits blocks 64"], Float32[Array, "splits blocks 2 64"]]:
+) -> tuple[
+    Float32[Array, "splits blocks 64 512"], Float32[Array, "splits blocks 64"], Float32[Array, "splits blocks 2 64"]
+]:
     """For each range of positions: unnormalized sums of latents, the largest score (in powers of two), and the sums of
     weights over each warpgroup's half of the positions."""
     blocks, page = queries.shape[0], pages.shape[1]

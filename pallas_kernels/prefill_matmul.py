@@ -20,7 +20,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.formats import ROWS, TILE, Format, format_of
 from pallas_kernels.heuristics import prefill_stages
 from pallas_kernels.mosaic import Ref
-from pallas_kernels.unpack import group_scales, scale_row, tile_values
+from pallas_kernels.unpack import group_scales, tile_values
 
 _COMPUTE = 2
 """Warpgroups that compute."""
@@ -130,9 +130,7 @@ def prefill_products(
                 memory_registers=40,
                 wg_axis="wg",
                 num_compute_wgs=_COMPUTE,
-                compute_context=lambda evaluate: mosaic.with_sums(
-                    evaluate, finish, (ROWS, m), len(weights), interpret
-                ),
+                compute_context=lambda evaluate: mosaic.with_sums(evaluate, finish, (ROWS, m), len(weights), interpret),
             )
             pipeline(
                 x_g.at[tile],

@@ -136,9 +136,7 @@ def tile_values(planes: tuple[jax.Array, ...], fmt: Format) -> jax.Array:
 def float16_field(words: jax.Array, half: int) -> jax.Array:
     """The low (0) or high (1) 16 bits of each word, as a float16 number, in float32."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(BY_ROW,), return_type=plgpu.ShapeDtypeStruct(words.shape, jnp.float32, layout=BY_ROW)
-    )
+    @plgpu.inline_mgpu(arg_types=(BY_ROW,), return_type=plgpu.ShapeDtypeStruct(words.shape, jnp.float32, layout=BY_ROW))
     def convert(_: Any, array: Any) -> Any:
         one = ir.VectorType.get((1,), ir.F32Type.get())
         registers = np.empty(array.registers.shape, dtype=object)

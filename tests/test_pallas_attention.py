@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from pallas_cases import interpreter, random_rows, relative_error
+
 from pallas_kernels import mla_attention as family
 from pallas_kernels.mla_attention import mla_attention, mla_attention_reference
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from pallas_cases import interpreter, random_records, random_rows, relative_error
+
 from pallas_kernels import groups
-from pallas_kernels.groups import group_pairs, tile_count
 from pallas_kernels.grouped_matmul import grouped_mlp, grouped_mlp_reference
+from pallas_kernels.groups import group_pairs, tile_count
 
 
 @given(st.lists(st.integers(-1, 6), min_size=1, max_size=60), st.sampled_from([8, 16]), st.booleans())

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.mosaic import gpu as mgpu
+from pallas_cases import random_records
 
 from pallas_kernels import ptx
 from pallas_kernels.formats import FORMATS, format_of
 from pallas_kernels.pack import pack
 from pallas_kernels.unpack import dequantize, tile_values
-from pallas_cases import random_records
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -94,7 +94,7 @@ def test_the_instructions_put_each_value_where_wgmma_wants_it(name, monkeypatch)
         planes.append(record[fmt.high_at + tile * fmt.high_rows :][: fmt.high_rows])
     want = np.asarray(tile_values(planes, fmt, interpret=True), np.float32)
 
-    words, high = ([*map(_thread_words, (np.asarray(p).view(np.uint32) for p in planes))] + [[]])[:2]
+    words, high = [*(_thread_words(np.asarray(p).view(np.uint32)) for p in planes), []][:2]
     for p, pair in enumerate(ptx._pairs(words, high, fmt)):
         numbers = np.ascontiguousarray(pair, np.uint32).view(np.uint16).view(jnp.bfloat16).reshape(128, 2)
         for thread in range(128):

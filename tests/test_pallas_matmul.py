@@ -4,8 +4,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from pallas_cases import interpreter, random_records, random_rows, relative_error
+
 from pallas_kernels.decode_matmul import decode_products
 from pallas_kernels.formats import FORMATS
 from pallas_kernels.heuristics import DecodeTiles, decode_tiles
@@ -37,7 +37,9 @@ def test_prefill_meets_the_reference_of_rounded_weights(name):
     assert relative_error(out, quantized_matmul_reference(x, weight, name)) < _ROUNDED
 
 
-@pytest.mark.parametrize(("name", "k", "how"), [("Q5_0", 1408, DecodeTiles(128, 11, 2)), ("Q6_K", 1536, DecodeTiles(256, 3, 2))])
+@pytest.mark.parametrize(
+    ("name", "k", "how"), [("Q5_0", 1408, DecodeTiles(128, 11, 2)), ("Q6_K", 1536, DecodeTiles(256, 3, 2))]
+)
 def test_ranges_of_k_are_summed(name, k, how):
     rng = np.random.default_rng(4)
     weight, x = random_records(name, (64, k), rng), random_rows((16, k), rng)
@@ -56,7 +58,9 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert relative_error(among[:7], alone) == 0
 
 
-@pytest.mark.parametrize(("n", "k"), [(5120, 12288), (12288, 5120), (576, 2048), (2048, 10944), (1408, 2048), (2048, 1408)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(5120, 12288), (12288, 5120), (576, 2048), (2048, 10944), (1408, 2048), (2048, 1408)]
+)
 def test_how_k_is_cut_does_not_depend_on_the_rows(n, k):
     fmt = FORMATS["Q8_0"]
     eight, sixteen = (decode_tiles(fmt, rows, 1, n, k, 1) for rows in (8, 16))
