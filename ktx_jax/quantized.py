@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as they lie in memory: `QuantizedArray`, the file's own ggml blocks, and `HostArray`, behind handles."""
+"""Weights as they lie in memory: the file's own ggml blocks, a GPU's records of planes, or behind handles of a host."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.gguf.blocks import dequantize
+from pallas_kernels.formats import format_of
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +54,34 @@ class QuantizedArray:
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*lead K"]:
         """The values, computed in float32 and then cast; bit-equal to gguf-py's in float32."""
         return dequantize(self.data, self.ggml_type, dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class PlanesArray:
+    """A quantized weight `[*lead, N, K]` in the layout of the GPU kernels (`pallas_kernels.formats`).
+
+    A pytree with one leaf, the int32 records `[*lead, N/64, K/depth, rows, 64]`: its first axes are cut as the logical
+    ones are. The logical shape follows from the leaf's, as that of a `QuantizedArray` does.
+    """
+
+    records: Any  # Int32[Array, "*lead n k rows 64"], or whatever JAX puts in a leaf's place
+    ggml_type: GGMLQuantizationType = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape: that of the dequantized array."""
+        return format_of(self.ggml_type.name).weight_shape(tuple(self.records.shape))
+
+    @property
+    def ndim(self) -> int:
+        """The number of logical axes."""
+        return len(self.records.shape) - 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the records."""
+        return self.records.size * self.records.dtype.itemsize
 
 
 @jax.tree_util.register_dataclass

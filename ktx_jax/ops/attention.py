@@ -38,7 +38,7 @@ def mla_attention(
       sequence: the row of `block_table` a token belongs to. Tokens come in runs of `tile` of one sequence.
       positions: a token's position, -1 for padding (whose result is meaningless but finite).
       scale: factor of the scores before the softmax.
-      implementation: "xla", or "ffi" for the CPU kernel, to which tiles mean nothing.
+      implementation: "xla", "pallas" for the GPU kernel, or "ffi" for the CPU kernel, to which tiles mean nothing.
 
     Returns:
       The probability-weighted sum of latents for each head, to be taken through v_b.
@@ -46,6 +46,11 @@ def mla_attention(
     if implementation == "ffi":
         live = jnp.where(positions >= 0, sequence, -1)
         return ktx_ffi.mla_attention(q_latent, q_rope, pages, block_table, live, positions, scale)
+    if implementation == "pallas":  # imported when used: it takes a second
+        from pallas_kernels.mla_attention import mla_attention as on_gpu
+
+        out = on_gpu(q_latent, q_rope, pages, block_table, sequence, positions, scale=scale, tile=tile)
+        return out.astype(q_latent.dtype)
     tokens, heads, rank = q_latent.shape
     page = pages.shape[1]
     step_blocks = max(min(_CHUNK // page, block_table.shape[1]), 1)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from ktx_jax.ops.matmul import Weight, matmul
 from ktx_jax.ops.parallel import into_blocks
 from ktx_jax.ops.tiles import map_tiles
-from ktx_jax.quantized import HostArray, QuantizedArray
+from ktx_jax.quantized import HostArray, PlanesArray, QuantizedArray
 
 Offset: TypeAlias = Int[Array, ""] | int
 
@@ -93,6 +93,8 @@ def experts(
         )  # fmt: skip
     if isinstance(gate, jax.Array) and isinstance(up, jax.Array) and isinstance(down, jax.Array):
         return _all_experts(x, ids, weights, gate, up, down)
+    if isinstance(gate, PlanesArray) and isinstance(up, PlanesArray) and isinstance(down, PlanesArray):
+        return _on_planes(x, ids, weights, gate, up, down)
     tiles = _tiles(ids, gate.shape[0])
     k, (tokens, width) = ids.shape[1], x.shape
 
@@ -111,6 +113,20 @@ def experts(
     by_pair = jnp.take(rows.reshape(-1, width), tiles.place, axis=0, mode="fill", fill_value=0)
     by_slot = by_pair.reshape(tokens, k, width).astype(jnp.float32)
     return jnp.einsum("tk,tkd->td", weights.astype(jnp.float32), by_slot, precision="highest").astype(x.dtype)
+
+
+def _on_planes(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, gate: PlanesArray, up: PlanesArray, down: PlanesArray
+) -> jax.Array:
+    """The GPU kernels' form (imported here: it takes a second)."""
+    from pallas_kernels.grouped_matmul import grouped_mlp
+
+    if gate.ggml_type != up.ggml_type:
+        raise NotImplementedError(
+            f"the GPU kernel of experts takes gate and up of one type, not {gate.ggml_type.name} and {up.ggml_type.name}"
+        )
+    names = (gate.ggml_type.name, down.ggml_type.name)
+    return grouped_mlp(x, ids, weights, gate.records, up.records, down.records, names).astype(x.dtype)
 
 
 def _all_experts(

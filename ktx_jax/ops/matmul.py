@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with dense or quantized weights, whose last axis is the input dimension.
 
-How a weight lies in memory decides what computes with it: `HostArray`s go to the CPU kernels, all else is plain XLA.
+How a weight lies in memory decides what computes with it: `HostArray`s go to the CPU kernels, `PlanesArray`s to the GPU
+kernels (imported when first used: they take a second), all else is plain XLA.
 """
 
 from typing import Any, TypeAlias
@@ -13,9 +14,9 @@ from gguf import GGML_QUANT_SIZES
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.ops.tiles import map_tiles
-from ktx_jax.quantized import HostArray, QuantizedArray
+from ktx_jax.quantized import HostArray, PlanesArray, QuantizedArray
 
-Weight: TypeAlias = Float[Array, "..."] | QuantizedArray | HostArray
+Weight: TypeAlias = Float[Array, "..."] | QuantizedArray | PlanesArray | HostArray
 
 # A dequantized tile is at most this many values: it stays in the CPU's last-level cache, and the exact path's
 # temporaries stay far below the model's size.
@@ -31,6 +32,8 @@ def embedding_rows(w: Weight, ids: Int[Array, " T"], dtype: Any) -> Float[Array,
     """Rows `ids` of a weight `[V, D]`, dequantized."""
     if isinstance(w, HostArray):
         return ktx_ffi.embed(ids, w.handles, w.shape[1], dtype=dtype)
+    if isinstance(w, PlanesArray):
+        raise NotImplementedError("the GPU kernels' layout gives no single rows: an embedding must be loaded for XLA")
     return w.take(ids).dequantize(dtype) if isinstance(w, QuantizedArray) else w[ids].astype(dtype)
 
 
@@ -70,6 +73,10 @@ def matmul(x: Float[Array, "T K"], w: Weight, *, dtype: Any = None, precise: boo
     rows, k = w.shape
     if isinstance(w, HostArray):
         return ktx_ffi.matmul(x, w.handles, rows, dtype=dtype, precise=precise)
+    if isinstance(w, PlanesArray):
+        from pallas_kernels.quantized_matmul import quantized_matmul
+
+        return quantized_matmul(x, w.records, w.ggml_type.name, dtype=dtype)
     tile = _tile_rows(rows, k)
     if not isinstance(w, QuantizedArray) or tile == rows:
         return _dot(x, w).astype(dtype)
@@ -94,11 +101,17 @@ def head_matmul(
         if transposed:
             raise NotImplementedError("the CPU kernels read weights by rows: a transposed one must be loaded for XLA")
         return ktx_ffi.batched_matmul(x, w.handles, w.shape[1], precise=precise)
+    if isinstance(w, PlanesArray):
+        from pallas_kernels.quantized_matmul import batched_matmul
+
+        if transposed:
+            raise NotImplementedError("the GPU kernels read weights by rows: a transposed one must be loaded for XLA")
+        return batched_matmul(x, w.records, w.ggml_type.name)
 
     @jax.checkpoint
     def one_head(operands: tuple[jax.Array, Weight]) -> jax.Array:
         head, weight = operands
-        assert not isinstance(weight, HostArray)
+        assert not isinstance(weight, HostArray | PlanesArray)
         return _dot(head, weight, transposed=transposed).astype(x.dtype)
 
     by_head = jnp.moveaxis(x, 1, 0)
