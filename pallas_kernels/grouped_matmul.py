@@ -35,7 +35,7 @@ def grouped_mlp_reference(
 
 
 def grouped_mlp(
-    x: BFloat16[Array, "T D"],
+    x: Float[Array, "T D"],
     ids: Int[Array, "T k"],
     weights: Float[Array, "T k"],
     gate: Int32[Array, "E n k rows 64"],

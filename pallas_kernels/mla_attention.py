@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float32, Int, UInt16
+from jaxtyping import Array, BFloat16, Float, Float32, Int, UInt16
 
 from pallas_kernels import mosaic
 from pallas_kernels.heuristics import attention_splits
@@ -55,9 +55,9 @@ def _numbers(pages: jax.Array) -> jax.Array:
 
 
 def mla_attention(
-    q_latent: BFloat16[Array, "T H R"],
-    q_rope: BFloat16[Array, "T H P"],
-    pages: BFloat16[Array, "pages page R_P"] | UInt16[Array, "pages page R_P"],
+    q_latent: Float[Array, "T H R"],
+    q_rope: Float[Array, "T H P"],
+    pages: Float[Array, "pages page R_P"] | UInt16[Array, "pages page R_P"],
     block_table: Int[Array, "B blocks"],
     sequence: Int[Array, " T"],
     positions: Int[Array, " T"],
@@ -80,12 +80,15 @@ def mla_attention(
       scale: factor of the scores before the softmax.
       interpret: run in JAX's CPU interpreter of Mosaic kernels.
 
-    Raises `NotImplementedError` for another rank, other rotary widths, and pages that do not divide 64 positions.
+    Raises `NotImplementedError` for numbers that are not bfloat16, another rank, other rotary widths, and pages that
+    do not divide 64 positions.
     """
     tokens, heads, rank = q_latent.shape
     page = pages.shape[1]
     if (rank, q_rope.shape[-1]) != (_RANK, _ROPE):
         raise NotImplementedError(f"the kernel takes latents of {_RANK} + {_ROPE}, not {rank} + {q_rope.shape[-1]}")
+    if q_latent.dtype != jnp.bfloat16 or _numbers(pages).dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the kernel takes bfloat16, not queries {q_latent.dtype} and a cache {pages.dtype}")
     if page < 8 or _KEYS % page:
         raise NotImplementedError(f"the kernel takes pages of 8, 16, 32 or 64 positions, not {page}")
     if tokens % tile:

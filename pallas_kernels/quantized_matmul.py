@@ -28,7 +28,7 @@ def row_tiles(x: BFloat16[Array, "T K"], rows: int) -> BFloat16[Array, "tiles ro
 
 
 def quantized_matmul(
-    x: BFloat16[Array, "T K"],
+    x: Float[Array, "T K"],
     weight: Int32[Array, "n k rows 64"],
     name: str,
     *,

@@ -63,5 +63,7 @@ def test_what_the_kernel_cannot_take_is_named():
         mla_attention(q[..., :256], rope, pages, table, sequence, positions, scale=0.1)
     with pytest.raises(NotImplementedError, match="not 48"):
         mla_attention(q, rope, pages[:, :48], table, sequence, positions, scale=0.1)
+    with pytest.raises(NotImplementedError, match="queries float32"):
+        mla_attention(q.astype(jnp.float32), rope, pages, table, sequence, positions, scale=0.1)
     with pytest.raises(ValueError, match="runs of 2"):
         mla_attention(q, rope, pages, table, sequence, positions, scale=0.1, tile=2)

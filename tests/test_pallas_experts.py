@@ -70,7 +70,7 @@ def test_many_tokens(names):
 
 def test_shapes_that_do_not_fit_are_named():
     x, ids, weights, gate, up, down, names = _case(1, 2, 1, 256, 256, ("Q4_K", "Q8_0"), 8)
-    with pytest.raises(ValueError, match="up has shape"):
-        grouped_mlp(x, ids, weights, gate, up[:1], down, names)
+    with pytest.raises(ValueError, match="down has shape"):
+        grouped_mlp(x, ids, weights, gate, up, down[:, :2], names)
     with pytest.raises(NotImplementedError, match="float32"):
         grouped_mlp(x.astype(jnp.float32), ids, weights, gate, up, down, names)

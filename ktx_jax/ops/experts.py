@@ -123,7 +123,7 @@ def _on_planes(
 
     if gate.ggml_type != up.ggml_type:
         raise NotImplementedError(
-            f"the GPU kernel of experts takes gate and up of one type, not {gate.ggml_type.name} and {up.ggml_type.name}"
+            f"the GPU kernel of experts takes gate, up of one type, not {gate.ggml_type.name} and {up.ggml_type.name}"
         )
     names = (gate.ggml_type.name, down.ggml_type.name)
     return grouped_mlp(x, ids, weights, gate.records, up.records, down.records, names).astype(x.dtype)
