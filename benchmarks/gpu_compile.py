@@ -203,7 +203,8 @@ def main() -> None:
                 shared = " ".join(f"{n:,}" for n in done.shared)
                 print(
                     f"{done.name}: registers {' '.join(map(str, done.registers))}, spilled {done.spilled}, "
-                    f"shared {shared}, temporaries {done.temporaries:,}; {done.seconds:.0f} s {' '.join(done.warnings)}",
+                    f"shared {shared}, temporaries {done.temporaries:,}",
+                    *done.warnings,
                     flush=True,
                 )
     if options.json:

@@ -175,6 +175,10 @@ def _ranges(
                     target = keys_s.at[slot, pl.ds(j * page, page)]
                     plgpu.copy_gmem_to_smem(pages_g.at[index], target, keys_here.at[slot])
 
+            @pl.loop(jnp.maximum(count - _STAGES, 0), count)
+            def _(i: jax.Array) -> None:
+                plgpu.barrier_wait(keys_done.at[lax.rem(i, _STAGES)])
+
         def together(barrier: Ref) -> None:
             plgpu.barrier_arrive(barrier)
             plgpu.barrier_wait(barrier)

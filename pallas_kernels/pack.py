@@ -116,10 +116,15 @@ def _field_words(fields: np.ndarray, bits: int) -> np.ndarray:
     Returns words in the order in which a warpgroup loads them, vectors of up to four words a thread: `[..., 128 * W]`.
     """
     a_word = 16 // bits
-    words = np.zeros((*fields.shape[:-2], 16 // a_word), np.uint32)
-    for slot in range(a_word):
-        for e in range(2):
-            words |= fields[..., slot::a_word, e].astype(np.uint32) << np.uint32(bits * slot + 16 * e)
+    halves = fields.reshape(*fields.shape[:-2], 16 // a_word, a_word, 2).swapaxes(-1, -2)  # word, half, pair
+    if bits < 8:
+        a_byte = 8 // bits
+        halves = halves.reshape(*halves.shape[:-1], a_word // a_byte, a_byte)
+        packed = halves[..., 0].copy()
+        for slot in range(1, a_byte):
+            packed |= halves[..., slot] << (bits * slot)
+        halves = packed
+    words = np.ascontiguousarray(halves).reshape(*fields.shape[:-2], 16 // a_word, -1).view("<u4")[..., 0]
     vector = min(words.shape[-1], 4)
     vectors = words.reshape(*words.shape[:-1], -1, vector)  # [..., 128, W/v, v]
     return np.moveaxis(vectors, -2, -3).reshape(*fields.shape[:-3], -1)
@@ -141,7 +146,7 @@ def _records(blocks: np.ndarray, fmt: Format) -> np.ndarray:
     for words in (fields.scales, None if fields.factors is None else fields.factors[..., None]):
         if words is not None:  # [N, records, w] -> [N/64, records, w, 64]
             parts.append(words.reshape(n // ROWS, ROWS, records, -1).transpose(0, 2, 3, 1))
-    return np.concatenate(parts, axis=2).view(np.int32)
+    return np.concatenate(parts, axis=2).astype(np.uint32, copy=False).view(np.int32)
 
 
 def pack(blocks: UInt8[np.ndarray, "*lead N nb ts"], name: str) -> Int32[np.ndarray, "*lead n k rows 64"]:
