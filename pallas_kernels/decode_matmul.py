@@ -78,7 +78,7 @@ def decode_products(
     shape = (ROWS, m)
     out_shape = jax.ShapeDtypeStruct((how.splits, tiles, blocks, *shape), jnp.float32)
     units = [(w, r, t) for r in range(records) for t in range(fmt.tiles) for w in range(len(weights))]
-    at_once = max(_SUM_REGISTERS // (fmt.groups * m // 2), 1)
+    at_once = max(_SUM_REGISTERS // (len(weights) * fmt.groups * m // 2), 1)
 
     def add_scaled(totals: list, batch: list, x_s: Ref, sums_s: Ref | None, records_s: Sequence) -> None:
         pairs = []

@@ -25,7 +25,7 @@ def test_decode_meets_the_float32_reference(name):
     assert relative_error(out, quantized_matmul_reference(x, weight, name)) < _SUMS
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [n if n == "Q4_K" else pytest.param(n, marks=pytest.mark.slow) for n in FORMATS])
 def test_prefill_meets_the_reference_of_rounded_weights(name):
     rng = np.random.default_rng(3)
     weight, x = random_records(name, (192, 256), rng), random_rows((37, 256), rng)
