@@ -146,8 +146,8 @@ def cases(model: Model) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of a case: for each of its Mosaic kernels registers, bytes spilled, shared memory; warnings of ptxas;
-    bytes of temporaries of the whole program."""
+    """What came of a case: for each of its kernels that no earlier case had, registers, bytes spilled, shared memory;
+    warnings of ptxas; bytes of temporaries of the whole program."""
 
     name: str
     registers: tuple[int, ...]

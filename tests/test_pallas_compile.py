@@ -10,11 +10,11 @@ from importlib.util import find_spec
 import pytest
 from conftest import ROOT
 
-SHARED_BYTES = 232_448
+from pallas_kernels.heuristics import SHARED_BYTES
 
 
 def _compiled(tmp_path, model: str, *words: str) -> list[dict]:
-    if find_spec("jax_plugins.xla_cuda12") is None or find_spec("jax_cuda12_plugin") is None:
+    if find_spec("jax_plugins") is None or find_spec("jax_cuda12_plugin") is None:
         pytest.skip("compiling for an absent GPU needs jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12")
     out = tmp_path / "compiled.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_compile.py"), "--models", model, "--json", str(out)]
@@ -26,9 +26,10 @@ def _compiled(tmp_path, model: str, *words: str) -> list[dict]:
 
 
 def _check(cases: list[dict], kernels: int) -> None:
-    assert cases
+    # A kernel that an earlier case has compiled is not compiled, nor told of, again.
+    assert len(cases[0]["registers"]) == kernels
     for case in cases:
-        assert len(case["registers"]) == len(case["shared"]) == kernels, case
+        assert len(case["registers"]) == len(case["shared"]) <= kernels, case
         assert case["spilled"] == 0, case
         assert not case["warnings"], case
         assert max(case["shared"]) <= SHARED_BYTES, case
