@@ -374,6 +374,7 @@ def compare(
     b_dtype: Annotated[Literal["bfloat16", "float32"] | None, typer.Option(help="Of B. [default: A's]")] = None,
     b_implementation: Annotated[Literal["xla", "ffi"] | None, typer.Option(help="Of B. [default: A's]")] = None,
     override: Override = [],  # noqa: B006
+    rules: RunRules = None,
     out: Kept = None,
     resume: Resume = False,
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw it (extra `plot`): .png, .svg, ....")] = None,
@@ -389,7 +390,7 @@ def compare(
     """
     from ktx_jax.commands.compare import compare
 
-    rest = (override, None, cpu_threads, not no_repack)
+    rest = (override, rules, cpu_threads, not no_repack)
     first = _model_options(a, window, 1, dtype, implementation, *rest)
     second = _model_options(b, window, 1, b_dtype or dtype, b_implementation or implementation, *rest)
     return compare(first, second, file, window, out, resume, plot, as_json)
