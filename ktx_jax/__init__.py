@@ -45,8 +45,13 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: `ktx-jax --help` need not wait for JAX."""
+    if name not in _HOME_OF and name != "distributed":
+        raise AttributeError(f"module 'ktx_jax' has no attribute {name!r}")
     import importlib
 
+    from ktx_jax.cuda_plugin import leave_out_cuda
+
+    leave_out_cuda()
     if name == "distributed":
         return importlib.import_module("ktx_jax.distributed")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

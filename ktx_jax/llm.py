@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.chat import Message, encode_chat
-from ktx_jax.engine.branches import Window
 from ktx_jax.distributed import meeting
+from ktx_jax.engine.branches import Window
 from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.hosts import FollowingSteps, fingerprint, make_steps
 from ktx_jax.engine.reply import Chunk, follow

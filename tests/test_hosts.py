@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two real processes of four virtual devices each: the text of one process of eight, and a killed one ends the other."""
+"""Two real processes of four virtual devices each: the text of one process of eight, a killed one ends the other."""
 
 import json
 import os
