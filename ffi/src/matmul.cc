@@ -59,13 +59,14 @@ void multiply(const Problem& p, int64_t lead_index, int64_t first, int64_t last,
   alignas(64) float rest[kMaxTileRows * kPanelRows];
   for (int64_t i = first; i < last; ++i) {
     const uint8_t* panel = p.w.panel(lead_index, i);
+    const uint8_t* next = i + 1 < last ? p.w.panel_address(lead_index, i + 1) : nullptr;
     const int64_t columns = std::min<int64_t>(kPanelRows, p.w.n - i * kPanelRows);
     for (int64_t t = tile_first; t < tile_last; ++t) {
       const Tile& tile = p.tiles[static_cast<size_t>(lead_index * p.tiles_per_lead + t)];
       const PanelKernel kernel = p.kernels.panel(p.w.type->type, tile.padded);
-      kernel(panel, p.w.kernel_k(), p.acts.tile(tile), block, kPanelRows);
+      kernel(panel, next, p.w.kernel_k(), p.acts.tile(tile), block, kPanelRows);
       if (p.lost != nullptr) {
-        kernel(panel, p.w.kernel_k(), p.lost->tile(tile), rest, kPanelRows);
+        kernel(panel, next, p.w.kernel_k(), p.lost->tile(tile), rest, kPanelRows);
         for (int j = 0; j < tile.rows * kPanelRows; ++j) block[j] += rest[j];
       }
       for (int m = 0; m < tile.rows; ++m) {
