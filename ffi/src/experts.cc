@@ -125,6 +125,9 @@ class ExpertsRun {
         const float* row = x.row(first_ + token, d, buffer);
         gate_in_.quantize(kernels_, tile(i), m, row);
         if (!one_input) up_in_.quantize(kernels_, tile(i), m, row);
+        if (m + 1 < tile(i).rows) continue;
+        gate_in_.pad(kernels_, tile(i), tile(i).rows, row);
+        if (!one_input) up_in_.pad(kernels_, tile(i), tile(i).rows, row);
       }
     };
     const int64_t count = static_cast<int64_t>(plan_.tiles.size());
