@@ -63,7 +63,10 @@ class Gathered:
     tail: Tail
 
     def __call__(self, logits: jax.Array, extra: Any) -> Any:
-        return jax.tree.map(lambda a: jax.lax.all_gather(a, "data"), self.tail(logits, extra))
+        out = self.tail(logits, extra)
+        if jax.lax.axis_size("data") == 1:
+            return jax.tree.map(lambda a: a[None], out)
+        return jax.tree.map(lambda a: jax.lax.all_gather(a, "data"), out)
 
 
 class _SharedSteps(Steps):
