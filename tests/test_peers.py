@@ -3,6 +3,7 @@
 
 import queue
 import socket
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,14 +110,14 @@ def test_a_frame_has_a_limit(pair):
 def test_a_step_arrives_as_it_was_sent(shards, tokens, rows, pages, tail, kind):
     rng = np.random.default_rng(0)
 
-    def ints(*shape):
+    def ints(*shape) -> Any:
         return rng.integers(-1, 1000, (shards, *shape), np.int32)
 
-    def floats(*shape):
+    def floats(*shape) -> Any:
         return rng.random((shards, *shape), np.float32)
 
     run = Run(ints(tokens), ints(tokens), ints(tokens), ints(rows, pages), tile=16)
-    seeds = rng.integers(0, 2**32, (shards, rows, 2), np.uint32)
+    seeds: Any = rng.integers(0, 2**32, (shards, rows, 2), np.uint32)
     draw = Draw(floats(rows), floats(rows), ints(rows), floats(rows), seeds, ints(rows))
     extra = {whole_logits: None, likelihood: ints(rows)}.get(tail, draw)
     sent = step_message(run, ints(rows), extra, tail, kind)

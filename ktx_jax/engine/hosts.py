@@ -63,7 +63,10 @@ class Gathered:
     tail: Tail
 
     def __call__(self, logits: jax.Array, extra: Any) -> Any:
-        return jax.tree.map(lambda a: jax.lax.all_gather(a, "data"), self.tail(logits, extra))
+        out = self.tail(logits, extra)
+        if jax.lax.axis_size("data") == 1:
+            return jax.tree.map(lambda a: a[None], out)
+        return jax.tree.map(lambda a: jax.lax.all_gather(a, "data"), out)
 
 
 class _SharedSteps(Steps):
@@ -139,10 +142,11 @@ def step_message(run: Run, at: np.ndarray, extra: Any, tail: Tail, kind: Kind) -
 
 def step_of(head: Head, arrays: Arrays) -> tuple[Run, np.ndarray, Any, Tail, Kind]:
     """The inverse of `step_message`."""
-    run, draw = (
+    parts: tuple[dict[str, Any], ...] = tuple(
         {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
         for prefix in ("run.", "draw.")
     )
+    run, draw = parts
     tail = Sample(head["top"]) if head["tail"] == "sample" else _TAILS[head["tail"]]
     extra = Draw(**draw) if draw else arrays.get("extra")
     return Run(**run, tile=head["tile"]), arrays["at"], extra, tail, head["kind"]
