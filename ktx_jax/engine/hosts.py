@@ -122,7 +122,7 @@ def _refuse() -> NoReturn:
 
 
 Head = dict[str, Any]
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]  # NumPy arrays
 _TAILS: dict[str, Tail] = {"logits": whole_logits, "likelihood": likelihood}
 
 
@@ -142,7 +142,7 @@ def step_message(run: Run, at: np.ndarray, extra: Any, tail: Tail, kind: Kind) -
 
 def step_of(head: Head, arrays: Arrays) -> tuple[Run, np.ndarray, Any, Tail, Kind]:
     """The inverse of `step_message`."""
-    parts: tuple[dict[str, Any], ...] = tuple(
+    parts = tuple(
         {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
         for prefix in ("run.", "draw.")
     )
