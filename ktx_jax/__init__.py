@@ -4,6 +4,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ktx_jax import distributed
     from ktx_jax.async_engine import AsyncEngine, DeadlineExceeded, EngineClosed, QueueFull, ReplyStream, Stats
     from ktx_jax.engine.branches import Window
     from ktx_jax.engine.grammar import Grammar
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM", "AsyncEngine", "Chunk", "Completion", "Config", "DeadlineExceeded", "EngineClosed", "GGUFError", "Grammar",
     "KtxError", "Perplexity", "Plan", "QueueFull", "ReplyStream", "Rules", "SamplingParams", "Score", "Stats",
-    "Tokenizer", "Window", "load_config",
+    "Tokenizer", "Window", "distributed", "load_config",
 ]  # fmt: skip
 
 _HOMES = {
@@ -44,11 +45,13 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: `ktx-jax --help` need not wait for JAX."""
-    if name not in _HOME_OF:
+    if name not in _HOME_OF and name != "distributed":
         raise AttributeError(f"module 'ktx_jax' has no attribute {name!r}")
     import importlib
 
     from ktx_jax.cuda_plugin import leave_out_cuda
 
     leave_out_cuda()
+    if name == "distributed":
+        return importlib.import_module("ktx_jax.distributed")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

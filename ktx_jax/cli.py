@@ -73,6 +73,12 @@ TextFile = Annotated[Path, typer.Argument(help="A text file, UTF-8.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 Kept = Annotated[Path | None, typer.Option(help="A file that keeps results as they come, for --resume.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run that was stopped left off.")]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT|auto", help="Of several processes: where process 0 is; auto under a launcher."),
+]
+NumProcesses = Annotated[int | None, typer.Option(min=1, help="How many processes there are.")]
+ProcessId = Annotated[int | None, typer.Option(min=0, help="This process's number; process 0 takes the requests.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -107,13 +113,19 @@ def generate(
     rules: RunRules = None,
     cpu_threads: CpuThreads = None,
     no_repack: NoRepack = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
     """Complete a text, printed as it comes."""
     from ktx_jax.commands.generate import generate
 
-    options = _model_options(model, context, batch, dtype, implementation, override, rules, cpu_threads, not no_repack)
+    processes = _processes(coordinator, num_processes, process_id)
+    options = _model_options(
+        model, context, batch, dtype, implementation, override, rules, cpu_threads, not no_repack, processes=processes
+    )
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     return generate(options, prompt, {**sampling, "seed": seed, "stop": stop}, as_json)
 
@@ -136,6 +148,9 @@ def chat(
     rules: RunRules = None,
     cpu_threads: CpuThreads = None,
     no_repack: NoRepack = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     debug: Debug = False,
 ) -> int:
     """Talk with a model.
@@ -144,8 +159,9 @@ def chat(
     """
     from ktx_jax.commands.chat import chat
 
+    processes = _processes(coordinator, num_processes, process_id)
     options = _model_options(
-        model, context, 1, dtype, implementation, override, rules, cpu_threads, not no_repack, chat_template
+        model, context, 1, dtype, implementation, override, rules, cpu_threads, not no_repack, chat_template, processes
     )
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     return chat(options, system, {**sampling, "seed": seed, "stop": stop})
@@ -174,13 +190,19 @@ def bench(
     rules: RunRules = None,
     cpu_threads: CpuThreads = None,
     no_repack: NoRepack = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
     """Measure loading, compilation, prefill and decode."""
     from ktx_jax.commands.bench import bench
 
-    options = _model_options(model, context, 1, dtype, implementation, override, rules, cpu_threads, not no_repack)
+    processes = _processes(coordinator, num_processes, process_id)
+    options = _model_options(
+        model, context, 1, dtype, implementation, override, rules, cpu_threads, not no_repack, processes=processes
+    )
     return bench(options, prompt, decode, as_json)
 
 
@@ -374,6 +396,7 @@ def compare(
     b_dtype: Annotated[Literal["bfloat16", "float32"] | None, typer.Option(help="Of B. [default: A's]")] = None,
     b_implementation: Annotated[Literal["xla", "ffi"] | None, typer.Option(help="Of B. [default: A's]")] = None,
     override: Override = [],  # noqa: B006
+    rules: RunRules = None,
     out: Kept = None,
     resume: Resume = False,
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw it (extra `plot`): .png, .svg, ....")] = None,
@@ -389,7 +412,7 @@ def compare(
     """
     from ktx_jax.commands.compare import compare
 
-    rest = (override, None, cpu_threads, not no_repack)
+    rest = (override, rules, cpu_threads, not no_repack)
     first = _model_options(a, window, 1, dtype, implementation, *rest)
     second = _model_options(b, window, 1, b_dtype or dtype, b_implementation or implementation, *rest)
     return compare(first, second, file, window, out, resume, plot, as_json)
@@ -455,13 +478,26 @@ def _model_options(
     cpu_threads: int | None,
     repack: bool,
     chat_template: Path | None = None,
+    processes: Any = None,
 ) -> Any:
     from ktx_jax.commands.common import ModelOptions
 
     overrides = dict(map(_override, override))
     return ModelOptions(
-        model, context, batch, dtype, implementation, overrides, rules, cpu_threads, repack, chat_template
+        model, context, batch, dtype, implementation, overrides, rules, cpu_threads, repack, chat_template, processes
     )  # fmt: skip
+
+
+def _processes(coordinator: str | None, count: int | None, index: int | None) -> Any:
+    from ktx_jax.commands.common import Processes
+
+    if coordinator is None and count is None and index is None:
+        return None
+    if coordinator is None or (coordinator == "auto") != (count is None) or (count is None) != (index is None):
+        raise typer.BadParameter(
+            "give HOST:PORT with --num-processes and --process-id, or auto alone", param_hint="--coordinator"
+        )
+    return Processes(coordinator, count, index)
 
 
 def _override(text: str) -> tuple[str, Any]:

@@ -20,13 +20,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.chat import Message, encode_chat
+from ktx_jax.distributed import meeting
 from ktx_jax.engine.branches import Window
 from ktx_jax.engine.engine import Engine
+from ktx_jax.engine.hosts import FollowingSteps, fingerprint, make_steps
 from ktx_jax.engine.reply import Chunk, follow
 from ktx_jax.engine.requests import FinishReason, Request, SamplingParams, TokenLogprob
 from ktx_jax.engine.scheduler import Limits
 from ktx_jax.engine.scoring import Score
-from ktx_jax.engine.step import Steps
 from ktx_jax.engine.windows import Perplexity, pair_window, perplexity_windows, rolling_windows
 from ktx_jax.errors import KtxError
 from ktx_jax.gguf.architecture import check_architecture
@@ -47,6 +48,7 @@ log = logging.getLogger("ktx_jax")
 Prompt: TypeAlias = str | Sequence[int]
 
 IMPLEMENTATIONS = ("xla", "ffi")
+DEFAULT_CONTEXT = 4096
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -85,7 +87,8 @@ class LLM:
 
     Args:
       path: a GGUF file, any part of a split set, or a directory that holds one model.
-      context: the most tokens of a sequence, prompt and reply together.
+      context: the most tokens of a sequence, prompt and reply together; None for 4096, or what the model was made for
+        if that is less.
       batch: the most sequences that run at once.
       cache_tokens: how many tokens the cache holds, at least one context; None for `batch` whole contexts. With fewer,
         sequences that do not fit together give way to older ones and are computed anew.
@@ -113,7 +116,7 @@ class LLM:
         self,
         path: str | os.PathLike[str],
         *,
-        context: int = 4096,
+        context: int | None = None,
         batch: int = 8,
         cache_tokens: int | None = None,
         dtype: str = "bfloat16",
@@ -133,24 +136,27 @@ class LLM:
         devices = list(jax.devices() if devices is None else devices)
         if not devices:
             raise KtxError("devices should be a list of at least one device")
-        implementations = _implementations(implementation, devices[0])
-        self.implementation = implementations.devices
         use_compilation_cache()
-        with open_gguf(path) as gguf:
+        with meeting() as link, open_gguf(path) as gguf:
+            implementations = _implementations(implementation, devices[0])
+            self.implementation = implementations.devices
             check_architecture(gguf)
             self.path = Path(path)
             self.config = config_from_gguf(gguf.metadata, gguf.tensors, override=override, file=str(path))
-            wanted = Sizes(context, batch, dtype)
+            longest = self.config.max_position_embeddings
+            wanted = Sizes(context or min(DEFAULT_CONTEXT, longest), batch, dtype)
             self.plan = plan_run(gguf, self.config, rules, devices, wanted)
             limits = _limits(self.plan, implementations, cache_tokens)
             self.tokenizer = Tokenizer.from_gguf(gguf)
             self.chat_template: str | None = chat_template or gguf.metadata.get("tokenizer.chat_template")
             self._devices = devices
+            bound = bind(self.plan, devices)
+            if link is not None:
+                link.agree(fingerprint(self.plan, limits, implementations))
             self._model = load_model(
-                gguf, self.plan, bind(self.plan, devices),
-                implementations=implementations, repack=repack, progress=progress,
-            )  # fmt: skip
-        steps = Steps(self.config, self._model, limits, dtype=self.dtype)
+                gguf, self.plan, bound, implementations=implementations, repack=repack, progress=progress
+            )
+            steps = make_steps(self.config, self._model, limits, dtype=self.dtype, link=link)
         self._engine = Engine(self.config, steps, limits, eos_ids=self.tokenizer.eos_ids)
         self.load_seconds = time.perf_counter() - begun
 
@@ -247,6 +253,21 @@ class LLM:
 
         self._engine.score(windows, take)
         return [scores[index] for index in range(len(windows))]
+
+    def follow(self) -> None:
+        """In a process other than process 0: computes its part of every step, until process 0 closes the model or ends.
+
+        Raises:
+          KtxError: this is process 0, or the only one.
+        """
+        steps = self._engine.steps
+        if not isinstance(steps, FollowingSteps):
+            raise KtxError("follow() is for the processes other than process 0")
+        steps.follow()
+
+    def close(self) -> None:
+        """In process 0: lets the other processes of the run go. The end of the program does it too."""
+        self._engine.steps.close()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with its special tokens added, ids as they are."""

@@ -172,6 +172,7 @@ def test_generate(run, llm):
         "dtype": "bfloat16",
         "implementation": None,
         "override": None,
+        "rules": None,
         "cpu_threads": None,
         "repack": True,
     }
@@ -193,6 +194,7 @@ def test_generate_passes_every_option(run, llm):
             "dtype": "float32",
             "implementation": "xla",
             "override": {"expert_group_count": 4, "general.name": "x", "a": 1.5},
+            "rules": None,
             "cpu_threads": 2,
             "repack": False,
         }

@@ -175,4 +175,4 @@ def test_every_config_has_its_times(path):
         found = roofline(plan, H200, step_size(plan, phase), host=CPU)
         assert len(found.stages) == len(plan.stages)
         assert all(math.isfinite(stage.seconds) and stage.seconds > 0 for stage in found.stages)
-        assert found.tokens == (8 if phase == "decode" else 512 * plan.mesh.get("data", 1))
+        assert found.tokens == (8 if phase == "decode" else plan.chunk * plan.mesh.get("data", 1))

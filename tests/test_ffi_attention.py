@@ -60,8 +60,8 @@ class Case:
 
 
 def tolerance(case):
-    # The bfloat16 kernels round softmax weights to 8 bits.
-    return 4e-3 if case.cache.dtype == np.uint16 and ktx_ffi.isa() == "avx512_bf16" else 1e-5
+    # Queries, rows of a bfloat16 cache and softmax weights become integers of 11 bits and more.
+    return 2e-3 if case.cache.dtype == np.uint16 and ktx_ffi.isa() == "avx512" else 1e-5
 
 
 @pytest.mark.parametrize("bits", [True, False], ids=["bf16", "f32"])

@@ -12,7 +12,7 @@ import pytest
 ktx_ffi = pytest.importorskip("ktx_ffi")
 
 TESTS = Path(__file__).parent
-ORDER = ["avx512_bf16", "avx512", "avx2", "portable"]
+ORDER = ["avx512", "avx2", "portable"]
 
 
 def lesser() -> list[str]:
@@ -23,8 +23,6 @@ def lesser() -> list[str]:
 @pytest.mark.parametrize("isa", lesser())
 def test_kernels_on(isa):
     files = [TESTS / f"test_ffi_{name}.py" for name in ("matmul", "experts", "attention")]
-    if isa == "avx512":  # differs in attention only
-        files = files[2:]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)]
     env = os.environ | {"KTX_ISA": isa}
     result = subprocess.run(command, env=env, cwd=TESTS.parent, capture_output=True, text=True)

@@ -19,7 +19,8 @@ LEVELS = [
     {"model"},
     {"ops", "tokenizer", "pretokenizers", "chat", "template_sandbox"},
     {"quantized"},
-    {"gguf", "resources", "cuda_plugin"},
+    {"distributed"},
+    {"gguf", "resources", "cuda_plugin", "peers"},
     {"errors"},
     {"pallas_kernels", "ktx_ffi"},
 ]

@@ -115,7 +115,7 @@ def test_random_requests_never_break_the_server(tmp_path):
         server.wait_ready()
         command = [
             schemathesis, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error",
-            "--phases", "coverage,fuzzing", "--max-examples", "20", "--max-time", "60", "--workers", "1", "--seed", "1",
+            "--phases", "coverage,fuzzing", "--max-examples", "20", "--max-time", "30", "--workers", "1", "--seed", "1",
             "--request-timeout", "60", "--suppress-health-check", "all", "--generation-database", "none",
             "--no-shrink", "--no-color",
         ]  # fmt: skip

@@ -44,7 +44,7 @@ def why_unavailable() -> str:
 
 
 def isa() -> str:
-    """The instruction set in use: `avx512_bf16`, `avx512`, `avx2` or `portable` (KTX_ISA forces one)."""
+    """The instruction set in use: `avx512`, `avx2` or `portable` (KTX_ISA forces one)."""
     return library().isa()
 
 

@@ -5,12 +5,14 @@
 
 namespace ktx {
 
-int64_t append_tiles(const Kernels& kernels, int64_t first, int64_t rows, int64_t offset, std::vector<Tile>* tiles) {
-  const int64_t count = (rows + kernels.max_tile_rows - 1) / kernels.max_tile_rows;
+int64_t append_tiles(const Kernels& kernels, int64_t first, int64_t rows, int64_t offset, std::vector<Tile>* tiles,
+                     int each) {
+  const int64_t most = kernels.max_tile_rows / each;
+  const int64_t count = (rows + most - 1) / most;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t begin = rows * i / count;
     const int size = static_cast<int>(rows * (i + 1) / count - begin);
-    const int padded = kernels.tile_rows(size);
+    const int padded = kernels.tile_rows(each * size);
     tiles->push_back({first + begin, size, padded, offset});
     offset += padded;
   }

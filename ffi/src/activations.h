@@ -17,8 +17,10 @@ struct Tile {
   int64_t offset;  // padded rows before it
 };
 
-// Appends tiles of nearly equal size for rows [first, first + rows); returns the padded rows so far.
-int64_t append_tiles(const Kernels& kernels, int64_t first, int64_t rows, int64_t offset, std::vector<Tile>* tiles);
+// Appends tiles of nearly equal size for rows [first, first + rows), each of them `each` rows of a kernel; returns the
+// padded rows so far.
+int64_t append_tiles(const Kernels& kernels, int64_t first, int64_t rows, int64_t offset, std::vector<Tile>* tiles,
+                     int each = 1);
 
 // Where the quantized rows of all tiles lie.
 class Activations {
@@ -36,13 +38,14 @@ class Activations {
     return {q_ + t.offset * k_, d_ + t.offset * scales_per_row(), aux_ + t.offset * aux_per_row()};
   }
 
-  // Quantizes x into row m of the tile; the last row also fills the padding.
+  // Quantizes x into row m of the tile.
   void quantize(const Kernels& kernels, const Tile& t, int m, const float* x) const {
-    const ActTile out = tile(t);
-    kernels.quantize(format_, x, k_, out, t.padded, m);
-    if (m + 1 == t.rows) {
-      for (int p = t.rows; p < t.padded; ++p) kernels.quantize(format_, x, k_, out, t.padded, p);
-    }
+    kernels.quantize(format_, x, k_, tile(t), t.padded, m);
+  }
+
+  // Fills the padding, rows `first` and on, with x: any values do.
+  void pad(const Kernels& kernels, const Tile& t, int first, const float* x) const {
+    for (int p = first; p < t.padded; ++p) quantize(kernels, t, p, x);
   }
 
   // The part of a tile that begins at column `k`, a multiple of the group.

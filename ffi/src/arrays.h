@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "isa.h"
+#include "layout.h"
 
 namespace ktx {
 
@@ -35,6 +36,20 @@ struct OutputRows {
       return;
     }
     kernels().to_bf16(values, n, static_cast<uint16_t*>(data) + at);
+  }
+
+  // Columns [first, first + n), n <= 16, of `rows` rows i, i + step, ...; values are [rows, 16].
+  void write_tile(int64_t i, int64_t step, int rows, int64_t first, const float* values, int64_t n) const {
+    if (!bf16) {
+      for (int m = 0; m < rows; ++m) write(i + m * step, first, values + m * kPanelRows, n);
+      return;
+    }
+    uint16_t bits[kMaxTileRows * kPanelRows];
+    kernels().to_bf16(values, rows * kPanelRows, bits);
+    for (int m = 0; m < rows; ++m) {
+      std::memcpy(static_cast<uint16_t*>(data) + (i + m * step) * stride + first, bits + m * kPanelRows,
+                  static_cast<size_t>(n) * sizeof(uint16_t));
+    }
   }
 };
 

@@ -16,7 +16,7 @@ namespace ktx {
 namespace {
 
 constexpr int64_t kChunk = 512;         // positions, a multiple of the tile
-constexpr int64_t kGroupsTogether = 4;  // share each packed tile; their states stay in the second-level cache
+constexpr int64_t kGroupsTogether = 8;  // share each packed tile; their states stay in the second-level cache
 
 constexpr size_t kSplitBytes = size_t{256} << 20;  // of chunks' states, at most
 
@@ -68,7 +68,8 @@ class AttentionRun {
  public:
   explicit AttentionRun(const AttentionCall& call)
       : call_(call), kernels_(attention_kernels(call.cache_bf16)), shape_(call.shape) {
-    query_bytes_ = bytes(kHeadLanes);
+    query_bytes_ = kernels_.query_bytes(shape_);
+    tile_bytes_ = kernels_.tile_bytes(shape_);
     state_bytes_ = static_cast<size_t>(shape_.state_floats()) * sizeof(float);
   }
 
@@ -86,10 +87,6 @@ class AttentionRun {
   }
 
  private:
-  size_t bytes(int64_t rows) const {
-    return static_cast<size_t>(rows * shape_.padded_width()) * kernels_.element_bytes;
-  }
-
   void make_groups() {
     for (int64_t t = 0; t < call_.tokens; ++t) {
       if (call_.sequence[t] < 0) {
@@ -162,8 +159,8 @@ class AttentionRun {
 
   void whole_block(const Block& b) const {
     const size_t n = b.last - b.first;
-    uint8_t* memory = thread_memory(ThreadSlot::kHidden, n * (query_bytes_ + 2 * state_bytes_) + bytes(kTilePositions));
-    uint8_t* queries = memory + bytes(kTilePositions);
+    uint8_t* memory = thread_memory(ThreadSlot::kHidden, n * (query_bytes_ + 2 * state_bytes_) + tile_bytes_);
+    uint8_t* queries = memory + tile_bytes_;
     float* states[kGroupsTogether];
     float* partial[kGroupsTogether];
     for (size_t i = 0; i < n; ++i) {
@@ -203,7 +200,7 @@ class AttentionRun {
       if (c * kChunk >= b.length) return;
       float* mine = state(i, c);
       kernels_.reset(shape_, mine);
-      uint8_t* tile = thread_memory(ThreadSlot::kHidden, bytes(kTilePositions));
+      uint8_t* tile = thread_memory(ThreadSlot::kHidden, tile_bytes_);
       chunk(b, c * kChunk, queries + static_cast<size_t>(i) * query_bytes_, tile, &mine);
     });
     // Merging reads every chunk's state: heads are spread over threads too.
@@ -229,6 +226,7 @@ class AttentionRun {
   const AttentionKernels& kernels_;
   const LatentShape shape_;
   size_t query_bytes_;
+  size_t tile_bytes_;
   size_t state_bytes_;
   std::vector<Group> groups_;
   std::vector<Block> blocks_;

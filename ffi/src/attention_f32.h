@@ -82,7 +82,7 @@ void attend_f32(const LatentShape& shape, const uint8_t* query, const uint8_t* t
   alignas(64) float weights[kTilePositions * kHeadLanes];
   alignas(64) float fade[kHeadLanes];
   scores_f32(shape.padded_width(), reinterpret_cast<const float*>(query), tile, valid, scale, weights);
-  softmax_tile(weights, valid, s, fade, [](F32 x) { return x; });
+  softmax_tile(weights, valid, s, fade);
   const int64_t width = shape.padded_latent();
   for (int64_t i = 0; i < width; i += 16) {
     const float* block = tile + i * kTilePositions;
@@ -110,8 +110,16 @@ void finish_f32(const LatentShape& shape, const float* tops, const float* mean, 
   }
 }
 
-constexpr AttentionKernels kAttentionF32 = {sizeof(float), pack_query_f32, pack_tile_f32, reset_state,
-                                            attend_f32,    merge_states,   finish_f32};
+size_t query_bytes_f32(const LatentShape& shape) {
+  return static_cast<size_t>(kHeadLanes * shape.padded_width()) * sizeof(float);
+}
+
+size_t tile_bytes_f32(const LatentShape& shape) {
+  return static_cast<size_t>(kTilePositions * shape.padded_width()) * sizeof(float);
+}
+
+constexpr AttentionKernels kAttentionF32 = {query_bytes_f32, tile_bytes_f32, pack_query_f32, pack_tile_f32,
+                                            reset_state,     attend_f32,     merge_states,   finish_f32};
 
 }  // namespace
 }  // namespace ktx

@@ -22,7 +22,9 @@ struct LatentShape {
 };
 
 struct AttentionKernels {
-  size_t element_bytes;  // of packed queries and tiles: 16 * padded_width and 64 * padded_width elements
+  // Of a packed query and of a packed tile, multiples of 64.
+  size_t (*query_bytes)(const LatentShape& shape);
+  size_t (*tile_bytes)(const LatentShape& shape);
   // Packs `heads` <= 16 rows of float32 queries.
   void (*pack_query)(const LatentShape& shape, const float* latent, const float* rope, int heads, uint8_t* out);
   // Packs n <= 64 cache rows, bfloat16 or float32.

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The running softmax of 16 heads (lanes), shared by the float32 and bfloat16 attention kernels. Included after a
-// simd_*.h.
+// The running softmax of 16 heads (lanes), shared by the attention kernels. Included after a simd_*.h.
 #pragma once
 
 #include "attention_kernels.h"
@@ -26,17 +25,16 @@ void reset_state(const LatentShape& shape, float* p) {
   for (int64_t i = 0; i < kHeadLanes * shape.padded_latent(); i += 16) store_f(s.mean + i, zero_f());
 }
 
-// Scores [64, 16] become weights relative to the largest score so far, round(weight) each; returns in `fade` [16] what
-// earlier weights are to be multiplied by.
-template <typename Round>
-KTX_INLINE void softmax_tile(float* scores, int valid, const State& s, float* fade, Round round) {
+// Scores [64, 16] become weights relative to the largest score so far; returns in `fade` [16] what earlier weights are
+// to be multiplied by.
+KTX_INLINE void softmax_tile(float* scores, int valid, const State& s, float* fade) {
   const F32 before = load_f(s.top);
   F32 top = before;
   for (int i = 0; i < valid; ++i) top = max_f(load_f(scores + 16 * i), top);
   const F32 kept = exp_f(sub_f(before, top));
   F32 sum = zero_f();
   for (int i = 0; i < valid; ++i) {
-    const F32 weight = round(exp_f(sub_f(load_f(scores + 16 * i), top)));
+    const F32 weight = exp_f(sub_f(load_f(scores + 16 * i), top));
     store_f(scores + 16 * i, weight);
     sum = add_f(sum, weight);
   }

@@ -84,14 +84,25 @@ struct Format {
   }
 };
 
-// How far ahead levels are fetched into the second-level cache; within it, the next panel too.
-constexpr int kAhead = 8192;
+// Fetches levels into the second-level cache ahead of their use: those of the panel, then those of the panel that is
+// read next, so that nothing is fetched in vain.
+class FetchAhead {
+ public:
+  KTX_INLINE FetchAhead(const uint8_t* panel, int64_t bytes, const uint8_t* next)
+      : turn_(panel + bytes - kAhead), beyond_((next != nullptr ? next : panel) - turn_) {}
 
-template <Type kType>
-KTX_INLINE void fetch_ahead(const uint8_t* p) {
+  template <Type kType>
+  KTX_INLINE void from(const uint8_t* p) const {
+    const uint8_t* to = p + (p < turn_ ? kAhead : beyond_);
 #pragma GCC unroll 8
-  for (int i = 0; i < Format<kType>::kLayout.codec_bytes; i += 64) __builtin_prefetch(p + kAhead + i, 0, 2);
-}
+    for (int i = 0; i < Format<kType>::kLayout.codec_bytes; i += 64) __builtin_prefetch(to + i, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kAhead = 8192;
+  const uint8_t* turn_;
+  int64_t beyond_;
+};
 
 // acc[r] += the four levels of row r times x.
 template <Type kType>

@@ -19,7 +19,7 @@ namespace ktx {
 namespace {
 
 constexpr int64_t kBlockBytes = 384 << 10;   // activations that stay in the second-level cache
-constexpr int64_t kOutputBytes = 256 << 10;  // of a thread's output columns
+constexpr int64_t kOutputBytes = 1 << 20;    // of a thread's output columns
 constexpr int64_t kSerialValues = 32 << 10;
 constexpr int64_t kTokensAtOnce = 4096;  // bounds the memory of intermediate values
 constexpr int64_t kColumns = 256;        // hidden columns of a unit, and of a quantization group at most
@@ -125,6 +125,9 @@ class ExpertsRun {
         const float* row = x.row(first_ + token, d, buffer);
         gate_in_.quantize(kernels_, tile(i), m, row);
         if (!one_input) up_in_.quantize(kernels_, tile(i), m, row);
+        if (m + 1 < tile(i).rows) continue;
+        gate_in_.pad(kernels_, tile(i), tile(i).rows, row);
+        if (!one_input) up_in_.pad(kernels_, tile(i), tile(i).rows, row);
       }
     };
     const int64_t count = static_cast<int64_t>(plan_.tiles.size());
@@ -135,11 +138,12 @@ class ExpertsRun {
     }
   }
 
-  // One panel of gate or up times the tiles of a block, into out [rows of the block, 16].
-  void project(const Weights& w, const Activations& in, const TileBlock& b, int64_t panel, float* out) const {
+  // One panel of gate or up times the tiles of a block, into out [rows of the block, 16]; `next` is read after it.
+  void project(const Weights& w, const Activations& in, const TileBlock& b, int64_t panel, const uint8_t* next,
+               float* out) const {
     const uint8_t* data = w.panel(b.expert, panel);
     for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
-      kernels_.panel(w.type->type, tile(t).padded)(data, w.kernel_k(), in.tile(tile(t)), out, kPanelRows);
+      kernels_.panel(w.type->type, tile(t).padded)(data, next, w.kernel_k(), in.tile(tile(t)), out, kPanelRows);
       out += tile(t).padded * kPanelRows;
     }
   }
@@ -158,8 +162,9 @@ class ExpertsRun {
     float* up = gate + size;
     for (int64_t c = first; c < last; c += kPanelRows) {
       const int64_t panel = (c - call_.offset) / kPanelRows;
-      project(call_.gate, gate_in_, b, panel, gate);
-      project(call_.up, up_in_, b, panel, up);
+      const bool more = c + kPanelRows < last;
+      project(call_.gate, gate_in_, b, panel, call_.up.panel_address(b.expert, panel), gate);
+      project(call_.up, up_in_, b, panel, more ? call_.gate.panel_address(b.expert, panel + 1) : nullptr, up);
       kernels_.silu_mul(gate, up, rows * kPanelRows, gate);
       const size_t columns = static_cast<size_t>(std::min<int64_t>(kPanelRows, last - c));
       for (int64_t r = 0; r < rows; ++r) {
@@ -234,11 +239,16 @@ class ExpertsRun {
     float* sums = reinterpret_cast<float*>(thread_memory(ThreadSlot::kOutput, bytes));
     std::memset(sums, 0, bytes);
     alignas(64) float products[kMaxTileRows * kPanelRows];
-    for (const TileBlock& b : blocks) {
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const TileBlock& b = blocks[i];
       for (int64_t panel = first; panel < last; ++panel) {
         const uint8_t* data = w.panel(b.expert, panel);
+        const uint8_t* next = panel + 1 < last          ? w.panel_address(b.expert, panel + 1)
+                              : i + 1 < blocks.size() ? w.panel_address(blocks[i + 1].expert, first)
+                                                      : nullptr;
         for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
-          kernels_.panel(w.type->type, tile(t).padded)(data, w.kernel_k(), hidden_.tile(tile(t)), products, kPanelRows);
+          kernels_.panel(w.type->type, tile(t).padded)(data, next, w.kernel_k(), hidden_.tile(tile(t)), products,
+                                                       kPanelRows);
           const size_t row = static_cast<size_t>(tile(t).first);
           kernels_.add_rows(products, tile(t).rows, &plan_.weight[row], &plan_.token[row],
                             sums + (panel - first) * kPanelRows, ld);

@@ -23,8 +23,8 @@ int64_t check_offset(const AnyBuffer& b, const Weights& gate, const Weights& dow
   if (b.element_count() != 1) fail("offset must be one integer, but is " + describe(b));
   const int64_t offset = *b.typed_data<int32_t>();
   if (offset < 0 || offset % kPanelRows != 0 || offset + gate.n > down.k) {
-    fail("offset " + std::to_string(offset) + " must be a multiple of 16 that leaves room for the hidden values of gate " +
-         describe(gate) + " in down " + describe(down));
+    fail("offset " + std::to_string(offset) + " must be a multiple of 16 that leaves room for the hidden values of " +
+         "gate " + describe(gate) + " in down " + describe(down));
   }
   return offset;
 }

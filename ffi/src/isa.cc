@@ -22,10 +22,8 @@ Choice choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const Choice choices[] = {
-      {"avx512_bf16", bf16, &kAvx512Kernels, &kAttentionBf16},
-      {"avx512", avx512, &kAvx512Kernels, kAvx512Kernels.attention},
+      {"avx512", avx512, &kAvx512Kernels, &kAttentionInt16},
       {"avx2", avx2, &kAvx2Kernels, kAvx2Kernels.attention},
       {"portable", true, &kPortableKernels, kPortableKernels.attention},
   };

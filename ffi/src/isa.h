@@ -9,11 +9,11 @@ namespace ktx {
 #if defined(__x86_64__)
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
-extern const AttentionKernels kAttentionBf16;
+extern const AttentionKernels kAttentionInt16;
 #endif
 extern const Kernels kPortableKernels;
 
-// The best kernels the CPU has, or those named by the environment's KTX_ISA (avx512_bf16, avx512, avx2, portable).
+// The best kernels the CPU has, or those named by the environment's KTX_ISA (avx512, avx2, portable).
 // Throws std::runtime_error if KTX_ISA names something unknown, or something the CPU does not have.
 const Kernels& kernels();
 

@@ -35,8 +35,8 @@ struct ActTile {
 };
 
 // out[m * ld + r] = row m of the tile times row r of the panel, r < 16. `k` is in units of 32 for quantized types (of
-// one for floating-point ones).
-using PanelKernel = void (*)(const uint8_t* panel, int64_t k, const ActTile& x, float* out, int64_t ld);
+// one for floating-point ones). `next`: the panel that will be read after this one, if known; its beginning is fetched.
+using PanelKernel = void (*)(const uint8_t* panel, const uint8_t* next, int64_t k, const ActTile& x, float* out, int64_t ld);
 
 struct Kernels {
   int max_tile_rows;

@@ -84,14 +84,14 @@ double measure_read_bandwidth(size_t bytes) {
 
 double measure_int8_peak() {
 #if defined(__x86_64__)
-  if (std::string(isa_name()).rfind("avx512", 0) == 0) return product_rate(int8_products, 64.0);
+  if (std::string(isa_name()) == "avx512") return product_rate(int8_products, 64.0);
 #endif
   return 0.0;
 }
 
 double measure_bf16_peak() {
 #if defined(__x86_64__)
-  if (std::string(isa_name()) == "avx512_bf16") return product_rate(bf16_products, 32.0);
+  if (std::string(isa_name()) == "avx512" && __builtin_cpu_supports("avx512bf16")) return product_rate(bf16_products, 32.0);
 #endif
   return 0.0;
 }

@@ -23,8 +23,8 @@ struct Problem {
   const Kernels& kernels;
   const Weights& w;
   const Activations& acts;
-  const Activations* lost;         // what quantization lost of them, or none
-  const std::vector<Tile>& tiles;  // of every leading index in turn
+  bool precise;  // then every row is followed by what quantization lost of it, as a row of its own
+  const std::vector<Tile>& tiles;  // of every leading index in turn; rows are tokens, padded ones those of the kernel
   int64_t tiles_per_lead;
   OutputRows out;  // row = token * lead + leading index
 };
@@ -37,11 +37,13 @@ void quantize_all(const Problem& p, const InputRows& x) {
     float* buffer = reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, 2 * bytes));
     for (int m = 0; m < tile.rows; ++m) {
       const float* row = x.row((tile.first + m) * p.w.lead + lead_index, p.w.k, buffer);
-      p.acts.quantize(p.kernels, tile, m, row);
-      if (p.lost != nullptr) {
-        p.kernels.residual(p.acts.format(), row, p.w.k, p.acts.tile(tile), tile.padded, m, buffer + p.w.k);
-        p.lost->quantize(p.kernels, tile, m, buffer + p.w.k);
+      const int at = p.precise ? 2 * m : m;
+      p.acts.quantize(p.kernels, tile, at, row);
+      if (p.precise) {
+        p.kernels.residual(p.acts.format(), row, p.w.k, p.acts.tile(tile), tile.padded, at, buffer + p.w.k);
+        p.acts.quantize(p.kernels, tile, at + 1, buffer + p.w.k);
       }
+      if (m + 1 == tile.rows) p.acts.pad(p.kernels, tile, at + (p.precise ? 2 : 1), row);
     }
   };
   const int64_t count = static_cast<int64_t>(p.tiles.size());
@@ -52,25 +54,29 @@ void quantize_all(const Problem& p, const InputRows& x) {
   }
 }
 
+// Row m of a tile's products becomes the sum of rows 2m and 2m + 1.
+void add_pairs(float* block, int rows) {
+  for (int m = 0; m < rows; ++m) {
+    for (int j = 0; j < kPanelRows; ++j) {
+      block[m * kPanelRows + j] = block[2 * m * kPanelRows + j] + block[(2 * m + 1) * kPanelRows + j];
+    }
+  }
+}
+
 // Panels [first, last) of one leading index times tiles [tile_first, tile_last).
 void multiply(const Problem& p, int64_t lead_index, int64_t first, int64_t last, int64_t tile_first,
               int64_t tile_last) {
   alignas(64) float block[kMaxTileRows * kPanelRows];
-  alignas(64) float rest[kMaxTileRows * kPanelRows];
   for (int64_t i = first; i < last; ++i) {
     const uint8_t* panel = p.w.panel(lead_index, i);
+    const uint8_t* next = i + 1 < last ? p.w.panel_address(lead_index, i + 1) : nullptr;
     const int64_t columns = std::min<int64_t>(kPanelRows, p.w.n - i * kPanelRows);
     for (int64_t t = tile_first; t < tile_last; ++t) {
       const Tile& tile = p.tiles[static_cast<size_t>(lead_index * p.tiles_per_lead + t)];
       const PanelKernel kernel = p.kernels.panel(p.w.type->type, tile.padded);
-      kernel(panel, p.w.kernel_k(), p.acts.tile(tile), block, kPanelRows);
-      if (p.lost != nullptr) {
-        kernel(panel, p.w.kernel_k(), p.lost->tile(tile), rest, kPanelRows);
-        for (int j = 0; j < tile.rows * kPanelRows; ++j) block[j] += rest[j];
-      }
-      for (int m = 0; m < tile.rows; ++m) {
-        p.out.write((tile.first + m) * p.w.lead + lead_index, i * kPanelRows, block + m * kPanelRows, columns);
-      }
+      kernel(panel, next, p.w.kernel_k(), p.acts.tile(tile), block, kPanelRows);
+      if (p.precise) add_pairs(block, tile.rows);
+      p.out.write_tile(tile.first * p.w.lead + lead_index, p.w.lead, tile.rows, i * kPanelRows, block, columns);
     }
   }
 }
@@ -82,15 +88,13 @@ void matmul(const Weights& w, int64_t tokens, const void* x, bool x_bf16, void* 
   const Kernels& k = kernels();
   std::vector<Tile> tiles;
   int64_t padded = 0;
-  for (int64_t l = 0; l < w.lead; ++l) padded = append_tiles(k, 0, tokens, padded, &tiles);
-  Activations acts(w.type->type, w.k);
-  Activations lost(w.type->type, w.k);
   precise = precise && w.type->group != 0;  // floating-point weights take activations as they are
-  Scratch scratch((precise ? 2 : 1) * acts.bytes(padded));
+  for (int64_t l = 0; l < w.lead; ++l) padded = append_tiles(k, 0, tokens, padded, &tiles, precise ? 2 : 1);
+  Activations acts(w.type->type, w.k);
+  Scratch scratch(acts.bytes(padded));
   acts.place(scratch.take<uint8_t>(acts.bytes(padded)), padded);
-  if (precise) lost.place(scratch.take<uint8_t>(lost.bytes(padded)), padded);
   const int64_t per_lead = static_cast<int64_t>(tiles.size()) / w.lead;
-  const Problem p{k, w, acts, precise ? &lost : nullptr, tiles, per_lead, {out, out_bf16, w.n}};
+  const Problem p{k, w, acts, precise, tiles, per_lead, {out, out_bf16, w.n}};
   quantize_all(p, {x, x_bf16, w.k});
 
   const int64_t row_bytes = w.type->group == 0 ? 4 * w.k : w.k;

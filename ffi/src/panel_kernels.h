@@ -57,9 +57,11 @@ KTX_INLINE void sums_of_16(const U8 (&w)[8], const int8_t* q, Start start, Use u
 }
 
 template <Type kType, int M>
-__attribute__((noinline)) void panel_of_32(const uint8_t* panel, int64_t k, const ActTile& x, float* out, int64_t ld) {
+__attribute__((noinline)) void panel_of_32(const uint8_t* panel, const uint8_t* next, int64_t k, const ActTile& x, float* out,
+                                           int64_t ld) {
   using F = Format<kType>;
   constexpr bool kMinima = F::kLayout.header_bytes == 128;
+  const FetchAhead fetch(panel, panel_bytes(kType, k), next);
   F32 total[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) total[m] = zero_f();
@@ -71,7 +73,7 @@ __attribute__((noinline)) void panel_of_32(const uint8_t* panel, int64_t k, cons
     U8 w[8];
     const uint8_t* levels = panel + F::kLayout.header_bytes + odd * F::kLayout.codec_bytes;
     F::decode(levels, w);
-    fetch_ahead<kType>(levels);
+    fetch.from<kType>(levels);
     const uint8_t* scales = panel + odd * (F::kLayout.header_bytes / 2);
     const F32 scale = load_half(scales);
     sums_of_32<kType, M>(
@@ -154,10 +156,12 @@ struct SuperBlock {
 };
 
 template <Type kType, int M>
-__attribute__((noinline)) void panel_of_256(const uint8_t* panel, int64_t k, const ActTile& x, float* out, int64_t ld) {
+__attribute__((noinline)) void panel_of_256(const uint8_t* panel, const uint8_t* next, int64_t k, const ActTile& x, float* out,
+                                            int64_t ld) {
   using F = Format<kType>;
   constexpr int kPairs = SuperBlock<kType>::kMinimumPairs;
   constexpr int kAux = kPairs ? kPairs : F::kSixteen ? 2 : 1;  // words of a row, by super-block or by 32
+  const FetchAhead fetch(panel, panel_bytes(kType, k / 8), next);
   alignas(64) F32 total[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) total[m] = zero_f();
@@ -193,7 +197,7 @@ __attribute__((noinline)) void panel_of_256(const uint8_t* panel, int64_t k, con
     for (int s = 0; s < 8; ++s, q += 32 * M, panel += F::kLayout.codec_bytes) {
       U8 w[8];
       F::decode(panel, w);
-      fetch_ahead<kType>(panel);
+      fetch.from<kType>(panel);
       if constexpr (F::kSixteen) {
         const F32 first = block.scale(header, 2 * s);
         const F32 second = block.scale(header, 2 * s + 1);
@@ -221,8 +225,8 @@ __attribute__((noinline)) void panel_of_256(const uint8_t* panel, int64_t k, con
 
 // Floating-point weights times float32 activations, summed by 256.
 template <Type kType, int M>
-__attribute__((noinline)) void panel_of_floats(const uint8_t* panel, int64_t k, const ActTile& x, float* out,
-                                               int64_t ld) {
+__attribute__((noinline)) void panel_of_floats(const uint8_t* panel, const uint8_t*, int64_t k, const ActTile& x,
+                                               float* out, int64_t ld) {
   F32 total[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) total[m] = zero_f();

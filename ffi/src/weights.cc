@@ -40,7 +40,7 @@ void repack(Weights* w) {
 }  // namespace
 
 const uint8_t* Weights::panel(int64_t lead_index, int64_t index) const {
-  if (repacked) return panels.data() + (lead_index * panels_per_lead() + index) * panel_size;
+  if (repacked) return panel_address(lead_index, index);
   uint8_t* out = thread_memory(ThreadSlot::kPanel, static_cast<size_t>(panel_size));
   const int64_t first = index * kPanelRows;
   const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, n - first));

@@ -40,6 +40,10 @@ struct Weights {
   // Panel `index` of leading index `lead_index`. Weights that are not repacked are interleaved into the thread's
   // memory.
   const uint8_t* panel(int64_t lead_index, int64_t index) const;
+  // Where it lies; nullptr unless repacked.
+  const uint8_t* panel_address(int64_t lead_index, int64_t index) const {
+    return repacked ? panels.data() + (lead_index * panels_per_lead() + index) * panel_size : nullptr;
+  }
 };
 
 // Registers weights; repacking runs on all threads. Throws std::bad_alloc.

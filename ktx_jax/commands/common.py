@@ -2,6 +2,8 @@
 """What several commands share: loading with a progress bar, printing a reply as it comes, stopping on Ctrl-C."""
 
 import contextlib
+import logging
+import os
 import signal
 import sys
 import time
@@ -18,10 +20,32 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ktx_jax.errors import KtxError
 
-DEFAULT_CONTEXT = 4096
 _SAY_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 """For all that is said beside a command's result."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Of a run of several, which one this is.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0, or "auto" to find everything under a launcher that JAX knows.
+      count, index: how many there are, and this one's number; None with "auto".
+    """
+
+    coordinator: str
+    count: int | None = None
+    index: int | None = None
+
+    def join(self) -> None:
+        """Joins the others, before anything else uses JAX."""
+        from ktx_jax import distributed
+
+        if not sys.stdout.isatty():
+            _keep_stdout()
+        auto = self.coordinator == "auto"
+        distributed.initialize(None if auto else self.coordinator, self.count, self.index)
 
 
 @dataclass(frozen=True)
@@ -38,21 +62,25 @@ class ModelOptions:
     cpu_threads: int | None = None
     repack: bool = True
     chat_template: Path | None = None
+    processes: Processes | None = None
 
 
 def load_llm(options: ModelOptions, progress: Callable[[int, int], None] | None = None) -> Any:
     """The `LLM` that `options` ask for; `progress` is told of bytes done and in all, or else the terminal shows them.
 
-    Without `context`, it is 4096 or what the model was made for, whichever is less.
+    Only process 0 of several returns from here: the others do their part until it ends, and end then.
     """
-    from ktx_jax.llm import LLM, load_config
+    from ktx_jax.distributed import leads
+    from ktx_jax.llm import LLM
 
-    longest = load_config(options.model, options.override).max_position_embeddings
+    if options.processes is not None:
+        options.processes.join()
+        logging.getLogger("ktx_jax").addFilter(lambda record: leads())  # what all would say, process 0 says
     template = None if options.chat_template is None else read_text(options.chat_template)
     with progress_bar("Loading") if progress is None else contextlib.nullcontext(progress) as told:
-        return LLM(
+        llm = LLM(
             options.model,
-            context=options.context or min(DEFAULT_CONTEXT, longest),
+            context=options.context,
             batch=options.batch,
             dtype=options.dtype,
             implementation=options.implementation,
@@ -63,6 +91,20 @@ def load_llm(options: ModelOptions, progress: Callable[[int, int], None] | None 
             repack=options.repack,
             progress=told,
         )
+    if not leads():
+        llm.follow()
+        raise SystemExit(0)
+    return llm
+
+
+def _keep_stdout() -> None:
+    """Leaves the standard output to Python's `sys.stdout`: Gloo writes to it, too, whenever it connects."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors="replace")  # noqa: SIM115  until the end
 
 
 def read_text(path: Path) -> str:

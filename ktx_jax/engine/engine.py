@@ -108,7 +108,8 @@ class Engine:
     @property
     def compiled(self) -> int:
         """How many programs there are so far."""
-        return self.steps.compiled + sample_edited._cache_size() + logprobs_of._cache_size()
+        beside: tuple[Any, ...] = (sample_edited, logprobs_of)
+        return self.steps.compiled + sum(function._cache_size() for function in beside)
 
     def stats(self) -> Stats:
         """Figures for metrics; does not wait for the step that is being computed."""

@@ -68,6 +68,9 @@ class Steps:
         for stage in self.stages:
             stage.cache = copied_pages(stage.cache, source, target)
 
+    def close(self) -> None:
+        """Says that there will be no more steps, to whoever computes them too."""
+
     @property
     def compiled(self) -> int:
         """How many executables there are so far."""

@@ -23,7 +23,7 @@ def bind(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Binding:
     one more.
 
     Raises:
-      KtxError: the plan names more devices than there are.
+      KtxError: the plan names more devices than there are, or asks of several processes what they cannot do together.
     """
     found = list(jax.devices() if devices is None else devices)
     numbers = {name: device_number(name) for name in plan.devices if name != HOST}
@@ -34,8 +34,23 @@ def bind(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Binding:
         raise KtxError(
             f"{plan.name}: the rules name {needed} devices, but {there}{hint if found[0].platform == 'cpu' else ''}"
         )
+    named = {name: found[number] for name, number in numbers.items()}
+    if jax.process_count() > 1:
+        _check_processes(plan, named)
     spare = found[needed] if found[0].platform == "cpu" and needed < len(found) else None
-    return {name: found[number] for name, number in numbers.items()} | {HOST: spare or jax.devices("cpu")[0]}
+    return named | {HOST: spare or jax.local_devices(backend="cpu")[0]}
+
+
+def _check_processes(plan: Plan, named: Binding) -> None:
+    """All processes compute each step together: one stage over the devices of all of them, and nothing beside it."""
+    count = len(jax.devices())
+    advice = f"give one stage a mesh over all {count} devices, such as `mesh: {{tensor: {count}}}`"
+    if len(plan.stages) > 1:
+        raise KtxError(f"{plan.name}: a run of several processes has one stage, not {len(plan.stages)}: {advice}")
+    if HOST in plan.devices:
+        raise KtxError(f"{plan.name}: nothing can lie on the host apart in a run of several processes: {advice}")
+    if idle := set(range(jax.process_count())) - {device.process_index for device in named.values()}:
+        raise KtxError(f"{plan.name}: no device of process {min(idle)} has a part in the plan: {advice}")
 
 
 def stage_mesh(plan: Plan, index: int, bound: Binding) -> Mesh:

@@ -41,6 +41,8 @@ def plan_run(
     """
     types = file_types(gguf, config)
     if rules == AUTO:
+        if any(device.process_index != devices[0].process_index for device in devices):
+            raise KtxError("rules 'auto' are for one process: give a rule file whose mesh spans the devices of all")
         text = choose_rules(config, types, [free_memory(device, len(devices)) for device in devices], sizes)
         log.info("rules chosen for the devices:\n%s", text)
         rules = Rules.from_text(text, "the rules chosen for these devices")
@@ -72,11 +74,15 @@ def free_memory(device: jax.Device, count: int) -> int:
 
 
 def _check_memory(plan: Plan, devices: Sequence[jax.Device]) -> None:
-    """Before anything is read; CPU devices do not tell, and share their memory with the mapped file."""
-    room = {
-        name: free_memory(devices[device_number(name)], 1)
-        for name in plan.devices
-        if name != HOST and devices[device_number(name)].memory_stats() is not None
-    }
-    if room and not (fit := plan.check(room)).ok:
+    """Before anything is read; CPU devices do not tell, and share their memory with the mapped file.
+
+    Each process looks at its own devices, and takes those of others to have enough.
+    """
+    named = {name: devices[device_number(name)] for name in plan.devices if name != HOST}
+    here = {name: device for name, device in named.items() if device.process_index == jax.process_index()}
+    room = {name: free_memory(device, 1) for name, device in here.items() if device.memory_stats() is not None}
+    if not room:
+        return
+    elsewhere = {name: plan.needs[name].total for name in named if name not in here}
+    if not (fit := plan.check(room | elsewhere)).ok:
         raise KtxError(f"{plan.name}: {fit}")
