@@ -55,7 +55,7 @@ def tile_values(planes: Sequence[jax.Array], fmt: Format, interpret: bool) -> ja
     return inline(tuple(planes), fmt)
 
 
-def _byte(words: jax.Array, at: int) -> jax.Array:
+def _byte(words: jax.Array, at: int | jax.Array) -> jax.Array:
     return (words >> (8 * at)) & 0xFF
 
 
