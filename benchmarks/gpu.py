@@ -19,14 +19,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from ktx_jax.cuda_plugin import leave_out_cuda
 
-from pallas_kernels.formats import FORMATS
-from pallas_kernels.grouped_matmul import grouped_mlp, grouped_mlp_reference
-from pallas_kernels.mla_attention import mla_attention, mla_attention_reference
-from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmul_reference
+leave_out_cuda()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from pallas_kernels.formats import FORMATS  # noqa: E402
+from pallas_kernels.grouped_matmul import grouped_mlp, grouped_mlp_reference  # noqa: E402
+from pallas_kernels.mla_attention import mla_attention, mla_attention_reference  # noqa: E402
+from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmul_reference  # noqa: E402
 
 L2_BYTES = 50 << 20
 ROTATED_BYTES = 8 * L2_BYTES

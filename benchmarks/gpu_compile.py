@@ -3,8 +3,7 @@
 
     python benchmarks/gpu_compile.py [--only WORD ...] [--models v2.5 lite] [--json out.json]
 
-Needs jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12 (the first two of jax's own version) and absl-py; no
-GPU. It says nothing of speed.
+Needs the extra `aot`, its plugin of jax's own version; no GPU. It says nothing of speed.
 """
 
 import argparse
@@ -30,6 +29,8 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
+from ktx_jax.aot.target_config import target_config  # noqa: E402
+from ktx_jax.sharding.targets import load_target  # noqa: E402
 from pallas_kernels.formats import FORMATS  # noqa: E402
 from pallas_kernels.grouped_matmul import grouped_mlp  # noqa: E402
 from pallas_kernels.heuristics import SHARED_BYTES  # noqa: E402
@@ -162,7 +163,7 @@ class Compiler:
     """Compiles for one H200."""
 
     def __init__(self) -> None:
-        target = Path(__file__).with_name("h200.txtpb").read_text()
+        target = target_config(load_target("h200"))
         devices = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=target).devices
         self._sharding = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
 

@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_NEW_LOADS = jax.__version_info__ >= (0, 11)
+_NEW_REFS = jax.__version_info__ >= (0, 11)
+_INDEX = () if _NEW_REFS else ((),)  # of a load of a whole reference
 
 Ref = Any
 """A reference to memory inside a kernel."""
@@ -83,9 +84,8 @@ def load(ref: Ref, layout: Any, interpret: bool) -> jax.Array:
     """A shared memory reference as registers in `layout`."""
     if interpret:
         return ref[...]
-    if _NEW_LOADS:
-        return plgpu.load(ref, layout=layout, optimized=False)
-    return plgpu.load(ref, (), layout=layout, optimized=False)
+    read: Any = plgpu.load
+    return read(ref, *_INDEX, layout=layout, optimized=False)
 
 
 def laid_out(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
@@ -124,7 +124,7 @@ def rows(shape: tuple[int, int], interpret: bool) -> jax.Array:
 
 def transposed(ref: Ref) -> Ref:
     """A matrix in shared memory, seen with its axes exchanged."""
-    return ref.T if _NEW_LOADS else plgpu.transpose_ref(ref, (1, 0))
+    return ref.T if _NEW_REFS else plgpu.transpose_ref(ref, (1, 0))
 
 
 def products(pairs: Sequence[tuple[Any, Any]], columns: int, interpret: bool) -> tuple[jax.Array, ...]:
@@ -138,7 +138,7 @@ def products(pairs: Sequence[tuple[Any, Any]], columns: int, interpret: bool) ->
         plgpu.wgmma_wait(0)
         return tuple(total[...] for total in sums)
 
-    return pl.run_scoped(start, *[plgpu.ACC((64, columns), jnp.float32)] * len(pairs))
+    return pl.run_scoped(start, *[plgpu.WGMMAAccumulatorRef((64, columns), jnp.float32)] * len(pairs))
 
 
 def accumulate(total: Any, a: jax.Array, b: Any, interpret: bool) -> Any:
@@ -153,7 +153,8 @@ def accumulated(total: jax.Array, a: Any, b: Any, interpret: bool) -> jax.Array:
     """total + a · b, with both in shared memory."""
     if interpret:
         return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
-    return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.ACC.init(total))
+    sums: Any = plgpu.WGMMAAccumulatorRef.init(total)
+    return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(sums)
 
 
 def keep_registers(count: int, more: bool, interpret: bool) -> None:
@@ -178,7 +179,7 @@ def with_sums(run: Callable, finish: Callable, shape: tuple[int, int], count: in
         run(sums)
         return tuple(total[...] for total in sums)
 
-    finish(*pl.run_scoped(scope, *[plgpu.ACC(shape, jnp.float32)] * count))
+    finish(*pl.run_scoped(scope, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * count))
 
 
 def store_transposed(ref: Ref, x: jax.Array, interpret: bool) -> None:
@@ -214,7 +215,7 @@ def warpgroup_barrier(interpret: bool) -> None:
         def barrier(_: Any) -> None:
             mgpu.utils.warpgroup_barrier()
 
-        barrier()
+        barrier()  # type: ignore[call-arg]  # the context is given by what decorates it
 
 
 def float16_field(words: jax.Array, half: int, interpret: bool) -> jax.Array:

@@ -100,10 +100,10 @@ def prefill_products(
         # With an odd number of slices the last two blocks share one, and write it twice alike.
         first = jnp.minimum(block * _COMPUTE, slices - _COMPUTE)
 
-        def step(indices: tuple, x_s: Ref, *planes: Any) -> tuple:
-            *planes, sums = planes
+        def step(indices: tuple, x_s: Ref, *operands: Any) -> Any:
+            *planes, carried = operands
             at = lax.rem(indices[0], fmt.tiles)
-            sums = list(sums)
+            sums = list(carried)
             for w in range(len(weights)):
                 own = planes[w * len(specs) : (w + 1) * len(specs)]
                 values = _dequantized(own, fmt, wg, at, interpret)

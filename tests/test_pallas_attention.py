@@ -48,12 +48,9 @@ def test_it_meets_the_reference(heads, page, blocks, tile, positions):
 
 def test_ranges_of_the_cache_are_merged(monkeypatch):
     case = _case(16, 64, 5, 1, [300, 70], seed=2)
-    with interpreter():
-        whole = mla_attention(*case, scale=0.1, interpret=True)
     monkeypatch.setattr(family, "attention_splits", lambda blocks, positions: 3)
     with interpreter():
         parts = mla_attention(*case, scale=0.1, interpret=True)
-    assert relative_error(parts, whole) < 4e-3
     assert relative_error(parts, mla_attention_reference(*case, 0.1)) < 4e-3
 
 

@@ -5,17 +5,20 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT
 
+from ktx_jax.aot.compile import check_installed
+from ktx_jax.errors import KtxError
 from pallas_kernels.heuristics import SHARED_BYTES
 
 
 def _compiled(tmp_path, model: str, *words: str) -> list[dict]:
-    if find_spec("jax_plugins") is None or find_spec("jax_cuda12_plugin") is None:
-        pytest.skip("compiling for an absent GPU needs jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12")
+    try:
+        check_installed()
+    except KtxError as error:
+        pytest.skip(str(error))
     out = tmp_path / "compiled.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_compile.py"), "--models", model, "--json", str(out)]
     command += ["--only", *words]

@@ -38,7 +38,11 @@ def test_prefill_meets_the_reference_of_rounded_weights(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "k", "how"), [("Q5_0", 1408, DecodeTiles(128, 11, 2)), ("Q6_K", 1536, DecodeTiles(256, 3, 2))]
+    ("name", "k", "how"),
+    [
+        ("Q5_0", 1408, DecodeTiles(128, 11, 2)),
+        pytest.param("Q6_K", 1536, DecodeTiles(256, 3, 2), marks=pytest.mark.slow),
+    ],
 )
 def test_ranges_of_k_are_summed(name, k, how):
     rng = np.random.default_rng(4)
