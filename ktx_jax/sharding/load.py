@@ -106,6 +106,7 @@ def load_model(
     """
     sources = {p.path: find_source(gguf, plan.config, p.path, p.shape) for p in plan.parameters}
     _report_unused(gguf, plan, list(sources.values()))
+    _report_pallas(plan)
     meshes = [stage_mesh(plan, index, bound) for index in range(len(plan.stages))]
     host = one_device_mesh(bound[HOST])
     layouts = {
@@ -122,6 +123,12 @@ def load_model(
         stage_of(plan, index, mesh, host, implementations, leaves, streams) for index, mesh in enumerate(meshes)
     )
     return Loaded(stages, tuple(reader.host_weights))
+
+
+def _report_pallas(plan: Plan) -> None:
+    asked = sum("pallas" in (p.ops.prefill, p.ops.decode) for p in plan.parameters)
+    if asked:
+        log.warning("the rules give %d parameters to 'pallas', which models do not use yet: XLA computes there", asked)
 
 
 def _streams(
@@ -170,11 +177,15 @@ def abstract_stage(plan: Plan, index: int, mesh: Mesh, host: Mesh, implementatio
 
 
 def op_of(parameter: PlacedParameter, implementations: Implementations, *, decode: bool) -> str:
-    """The implementation that computes with a parameter: the rules', or the run's."""
+    """The implementation that computes with a parameter: the rules', or the run's.
+
+    For "pallas" it is "xla": no model has run with the GPU kernels, and nothing here makes the arrays they take.
+    """
     default = implementations.host if parameter.devices == (HOST,) else implementations.devices
     # What is streamed for long prompts has its prefill implementation there, and this one otherwise.
     streamed = parameter.prefill_device is not None
-    return (parameter.ops.decode if decode or streamed else parameter.ops.prefill) or default
+    op = (parameter.ops.decode if decode or streamed else parameter.ops.prefill) or default
+    return "xla" if op == "pallas" else op
 
 
 def stage_of(
