@@ -6,7 +6,7 @@ from golden_models import BY_NAME, golden_config, golden_path
 
 from ktx_jax.gguf.names import _BLOCK, _TOP, module_path, tensor_name
 from ktx_jax.gguf.reader import open_gguf
-from ktx_jax.sharding.load import parameter_shapes
+from ktx_jax.sharding.parameters import parameter_shapes
 
 NAMES = [f"{name}.weight" for name in _TOP] + [f"blk.{layer}.{n}.weight" for n in _BLOCK for layer in (0, 7, 59)]
 
