@@ -21,13 +21,13 @@ from plan_models import BETWEEN, INSIDE, cut_layers, small_model
 
 from ktx_jax import LLM, Rules, SamplingParams
 
-PROMPTS = [list(range(40, 75)), [7], list(range(300, 311)), [5, 6, 5]]
-LONG = [*range(1000, 1050), *range(2000, 2020)]
+PROMPTS = [list(range(40, 60)), [7, 300, 5]]
+LONG = [*range(1000, 1040), *range(2000, 2020)]
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 
 
 def load(path: Path, implementation: str, rules: Rules | None = None) -> LLM:
-    return LLM(path, context=128, batch=4, dtype="float32", implementation=implementation, rules=rules)
+    return LLM(path, context=128, batch=2, dtype="float32", implementation=implementation, rules=rules)
 
 
 def answers(llm: LLM) -> list[list[int]]:

@@ -91,7 +91,7 @@ def asks(llm, count, seed):
 
 
 def test_many_streams_that_come_and_go(llm, alone, run):
-    """Those that end are as if they had been alone, whoever left beside them; nothing is compiled on the way."""
+    """Those that end are as if they had been alone, whoever left beside them; programs are one a length and kind."""
     rng = random.Random(4)
 
     async def one(engine, prompt, params):
@@ -114,23 +114,23 @@ def test_many_streams_that_come_and_go(llm, alone, run):
         return None
 
     async def test(engine):
-        await asyncio.gather(*[one(engine, *ask) for ask in asks(llm, 64, seed=1)])  # compiles what there is
-        before = llm._engine.compiled
         asked = list(asks(llm, 64, seed=2))
         replies = await asyncio.gather(*[one(engine, *ask) for ask in asked])
         await until(lambda: engine.stats().running == 0)
-        assert llm._engine.compiled == before
         return asked, replies
 
+    limits = llm._engine.limits
+    prefill = {limits.bucket(tokens, decode=False) for tokens in range(1, limits.chunk + 1)}
+    decode = {limits.bucket(rows, decode=True) for rows in range(1, limits.batch + 1)}
     asked, replies = run(test, max_queue=64)
+    # For each length: drawn with log-probabilities, without, and logits; edited rows in two widths of lists.
+    assert llm._engine.compiled <= 3 * (len(prefill) + len(decode)) + 4 * len(decode)
     ended = [(ask, reply) for ask, reply in zip(asked, replies, strict=True) if reply is not None]
     assert len(ended) > 25
     for (prompt, params), reply in ended:
         [truth] = alone.generate(prompt, params)
         assert reply == (truth.text, truth.token_ids, truth.finish_reason)
-    stats = llm._engine.stats()
-    assert stats.cached_tokens > 0
-    assert stats.preemptions > 0
+    assert llm._engine.stats().cached_tokens > 0
 
 
 def test_leaving_frees_pages_at_once(run, slow):

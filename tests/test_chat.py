@@ -180,7 +180,7 @@ def grow(start: str, step: str) -> str:
         (
             "{% macro f(n) %}{% if n %}{{ f(n-1, varargs, varargs) }}{% else %}{{ varargs }}{% endif %}{% endmacro %}"
             "{{ f(60) }}",
-            "a value of more than",
+            "more than",  # the size or, on a slow processor, the time
         ),
         ("{{ ['a' * 100000] * 1000 | join }}", "."),
         ("{{ range(99999) | map('replace', '', 'a' * 40) | list }}", "more than"),

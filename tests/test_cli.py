@@ -119,9 +119,14 @@ def test_wrong_arguments_give_one_line(arguments, message, run):
     assert message in err
 
 
-def test_our_errors_give_one_line(run, llm, tmp_path):
+def test_a_missing_file_is_one_line(run):
     code, out, err = run("generate", "missing.gguf", "-p", "a")
-    assert (code, out, err) == (1, "", "ktx-jax: missing.gguf: no such file\n")
+    assert (code, out) == (1, "")
+    assert err.startswith("ktx-jax: missing.gguf: no such file or folder")
+    assert err.count("\n") == 1
+
+
+def test_our_errors_give_one_line(run, llm, tmp_path):
     code, _, err = run("generate", "x.gguf", "-p", "a", "--top-p", "0")
     assert code == 1
     assert "top_p should be above 0" in err
@@ -167,7 +172,7 @@ def test_generate(run, llm):
     assert "3 tokens" in err
     [made] = llm.made
     assert made.options == {
-        "context": 1024,
+        "context": None,
         "batch": 1,
         "dtype": "bfloat16",
         "implementation": None,

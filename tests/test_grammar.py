@@ -83,7 +83,7 @@ def test_an_expression_and_a_grammar(llm):
         """
         start: call+
         call: "<call>" NAME %json {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"],
-          "additionalProperties": false} "</call>"
+          "additionalProperties": false, "x-guidance": {"whitespace_flexible": false}} "</call>"
         NAME: /[a-z]{1,5}/
         """,
         llm.tokenizer,

@@ -33,7 +33,7 @@ def test_router(experts, groups, groups_used, used, norm):
     router = Router(config, nnx.Rngs(0))
     weight, x = (np.asarray(jax.random.normal(jax.random.key(i), s)) for i, s in enumerate([(experts, 32), (40, 32)]))
     router.weight.set_value(jnp.asarray(weight))
-    ids, weights = jax.jit(router)(jnp.asarray(x))
+    ids, weights = jax.jit(router.route)(jnp.asarray(x))
     logits = np.float64(x) @ np.float64(weight).T
     scores = np.exp(logits - logits.max(-1, keepdims=True))
     scores /= scores.sum(-1, keepdims=True)
@@ -48,7 +48,7 @@ def test_router(experts, groups, groups_used, used, norm):
 def test_bfloat16_activations_are_routed_in_float32():
     router = Router(golden_config("split"), nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (4, 32)).astype(jnp.bfloat16)
-    run = jax.jit(router)
+    run = jax.jit(router.route)
     _, weights = run(x)
     assert weights.dtype == jnp.float32
     np.testing.assert_array_equal(weights, run(x.astype(jnp.float32))[1])
