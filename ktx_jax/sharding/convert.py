@@ -7,7 +7,7 @@ from ktx_jax.model.config import Config
 from ktx_jax.sharding.choices import Ops
 from ktx_jax.sharding.devices import HOST
 from ktx_jax.sharding.folding import split_layer
-from ktx_jax.sharding.plan import PlacedParameter, Plan, Stage
+from ktx_jax.sharding.plan import Plan, Stage
 from ktx_jax.sharding.rules import Rules
 from ktx_jax.sharding.write_native import (
     kinds_pattern,
@@ -33,17 +33,13 @@ def convert_ktransformers(rules: Rules, config: Config) -> str:
     return native_text(comments, header, [*_apart(plan), *_stages(plan), *_operators(plan)])
 
 
-def _is_apart(plan: Plan, p: PlacedParameter) -> bool:
-    return p.devices != plan.stages[p.stage].devices
-
-
 def _device(devices: tuple[str, ...], prefill: str | None) -> object:
     return devices[0] if prefill is None else {"decode": devices[0], "prefill": prefill}
 
 
 def _apart(plan: Plan) -> list[str]:
     """Experts and other modules on the host, by where they are prefilled; experts that stay but are streamed."""
-    others = [p for p in plan.parameters if split_layer(p.path)[0] is None and _is_apart(plan, p)]
+    others = [p for p in plan.parameters if split_layer(p.path)[0] is None and plan.is_apart(p)]
     lines = [rule(p.path.replace(".", r"\."), device=_device((HOST,), p.prefill_device)) for p in others]
     mains = {split_layer(p.path)[0]: p for p in plan.parameters if p.path.endswith(".self_attn.o_proj")}
     experts: dict[tuple[tuple[str, ...], str | None], list[int]] = {}
@@ -51,7 +47,7 @@ def _apart(plan: Plan) -> list[str]:
         layer, kind = split_layer(p.path)
         if layer is None or not kind.startswith("mlp.experts."):
             continue
-        if _is_apart(plan, p) or p.prefill_device != mains[layer].prefill_device:
+        if plan.is_apart(p) or p.prefill_device != mains[layer].prefill_device:
             experts.setdefault((p.devices, p.prefill_device), []).append(layer)
     for (devices, prefill), layers in experts.items():
         lines.append(rule(layers_pattern(layers, r"mlp\.experts\..*"), device=_device(devices, prefill)))
@@ -62,7 +58,7 @@ def _stages(plan: Plan) -> list[str]:
     by_path = {p.path: p for p in plan.parameters}
     lines = []
     for index, stage in enumerate(plan.stages):
-        others = [path.replace(".", r"\.") for path in stage.others if not _is_apart(plan, by_path[path])]
+        others = [path.replace(".", r"\.") for path in stage.others if not plan.is_apart(by_path[path])]
         for prefill, layers in _streams(plan, stage).items():
             before = [path for path in others if path.endswith("embed_tokens")]
             after = [path for path in others if path not in before]

@@ -152,13 +152,8 @@ def _streams(
     return streams
 
 
-def is_apart(plan: Plan, parameter: PlacedParameter) -> bool:
-    """Whether a parameter lies on the host, beside the devices of its stage."""
-    return parameter.devices == (HOST,) != plan.stages[parameter.stage].devices
-
-
 def _layout(plan: Plan, parameter: PlacedParameter, mesh: Mesh, host: Mesh, op: str) -> Layout:
-    where = host if is_apart(plan, parameter) else mesh
+    where = host if plan.is_apart(parameter) else mesh
     return layout_of(parameter, where, op, k_b_transposed=plan.config.k_b_transposed)
 
 
@@ -169,10 +164,7 @@ def abstract_stage(plan: Plan, index: int, mesh: Mesh, host: Mesh, implementatio
         if p.stage == index:
             for decode in (False, True):
                 op = op_of(p, implementations, decode=decode)
-                layout = layout_of(
-                    p, host if is_apart(plan, p) else mesh, op, k_b_transposed=plan.config.k_b_transposed
-                )
-                leaves[p.path, op] = layout.abstract()
+                leaves[p.path, op] = _layout(plan, p, mesh, host, op).abstract()
     return stage_of(plan, index, mesh, host, implementations, leaves, {})
 
 
@@ -216,7 +208,7 @@ def stage_of(
 
     prefill = part(ops[0])
     decode = prefill if ops[0] == ops[1] else part(ops[1])
-    apart = frozenset(p.path for p in mine if is_apart(plan, p))
+    apart = frozenset(p.path for p in mine if plan.is_apart(p))
     mine_streams = {layer: streams[layer] for layer in stage.layers if layer in streams}
     return LoadedStage(mesh, stage.layers, prefill, decode, index == 0, apart, host, mine_streams)
 

@@ -161,6 +161,10 @@ class Plan:
         names |= {name for parameter in self.parameters for name in parameter.devices}
         return tuple(sorted(names, key=device_number))
 
+    def is_apart(self, parameter: PlacedParameter) -> bool:
+        """Whether a parameter lies on the host, beside the devices of its stage: the one place it may lie else."""
+        return parameter.devices != self.stages[parameter.stage].devices
+
     @cached_property
     def needs(self) -> Mapping[str, Need]:
         """Bytes that each device must have, the host's for what lies there apart."""
@@ -168,7 +172,7 @@ class Plan:
         for index, stage in enumerate(self.stages):
             parts += [(name, self._stage_need(index, stage)) for name in stage.devices]
         parts += [(name, Need(streamed=count)) for name, count in self._streamed().items()]
-        if any(p.devices == (HOST,) != self.stages[p.stage].devices for p in self.parameters):
+        if any(map(self.is_apart, self.parameters)):
             parts.append(
                 (HOST, Need(workspace=host_workspace_bytes(self.config, self.context, self.batch, self.chunk)))
             )
