@@ -31,7 +31,7 @@ class Perplexity:
     nats_error: float
 
     @classmethod
-    def of(cls, logprobs: Sequence[Float[np.ndarray, " n"]]) -> "Perplexity":
+    def of(cls, logprobs: Sequence[Float[np.ndarray, " _"]]) -> "Perplexity":
         """Of all tokens' log-probabilities together."""
         nats = -np.concatenate(logprobs).astype(np.float64)
         error = nats.std(ddof=1) / math.sqrt(len(nats)) if len(nats) > 1 else math.nan
