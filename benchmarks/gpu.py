@@ -6,11 +6,13 @@
 First what the device can do: bytes copied a second and bfloat16 products a second, by XLA. Then each kernel against the
 float32 reference at a small size, then its time at the sizes of the models. Operands are larger than the L2 cache and
 rotated: a program calls a kernel once on each of several sets of them, and its time is divided by their number; medians
-of programs' times. Weights are random and made on the device. Without a GPU it says so and exits with 1.
+of programs' times. Weights are random and made on the device. Last, whole models from token to token (`gpu_model.py`),
+those that the device has room for. Without a GPU it says so and exits with 1.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +24,12 @@ from typing import Any
 from ktx_jax.cuda_plugin import leave_out_cuda
 
 leave_out_cuda()
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")  # V2.5 takes 131 of an H200's 141 GB
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from gpu_model import RUNS, random_weight, run_models  # noqa: E402
 
 from pallas_kernels.formats import FORMATS  # noqa: E402
 from pallas_kernels.grouped_matmul import grouped_mlp, grouped_mlp_reference  # noqa: E402
@@ -36,20 +40,6 @@ L2_BYTES = 50 << 20
 ROTATED_BYTES = 8 * L2_BYTES
 MOST_SETS = 24
 REPEATS = 15
-
-
-def random_records(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
-    """Records of random bits, but for scales of a size that keeps results finite."""
-    fmt = FORMATS[name]
-    shape = fmt.record_shape(shape)
-    bits_key, scale_key = jax.random.split(key)
-    if name == "BF16":
-        pairs = jax.random.normal(bits_key, (*shape, 2), jnp.bfloat16)
-        return jax.lax.bitcast_convert_type(pairs, jnp.int32)
-    records = jax.lax.bitcast_convert_type(jax.random.bits(bits_key, shape, jnp.uint32), jnp.int32)
-    row = fmt.factor_at if fmt.factor_rows else fmt.scale_at
-    scales = jax.random.uniform(scale_key, (*shape[:-2], 64, 2), jnp.float32, 1e-3, 1e-2).astype(jnp.float16)
-    return records.at[..., row, :].set(jax.lax.bitcast_convert_type(scales, jnp.int32))
 
 
 def median_seconds(call: Callable, sets: list[tuple]) -> float:
@@ -118,15 +108,15 @@ def _rows(key: jax.Array, *shape: int) -> jax.Array:
 
 def _matmul_operands(name: str, rows: int, n: int, k: int, key: jax.Array) -> tuple:
     keys = jax.random.split(key)
-    return _rows(keys[0], rows, k), random_records(keys[1], name, (n, k))
+    return _rows(keys[0], rows, k), random_weight(keys[1], name, (n, k))
 
 
 def _experts_operands(names: tuple[str, str], tokens: int, e: int, width: int, d: int, k: int, key: jax.Array) -> tuple:
     keys = jax.random.split(key, 6)
     ids = jax.vmap(lambda key: jax.random.permutation(key, e)[:k])(jax.random.split(keys[0], tokens))
     weights = jax.random.uniform(keys[1], (tokens, k))
-    gate, up = (random_records(key, names[0], (e, width, d)) for key in keys[2:4])
-    down = random_records(keys[4], names[1], (e, d, width))
+    gate, up = (random_weight(key, names[0], (e, width, d)) for key in keys[2:4])
+    down = random_weight(keys[4], names[1], (e, d, width))
     return _rows(keys[5], tokens, d) * jnp.bfloat16(0.1), ids.astype(jnp.int32), weights, gate, up, down
 
 
@@ -262,6 +252,8 @@ def main() -> int:
     print(f"bfloat16 products {limits.operations / 1e12:.0f} TFLOP/s\n")
     right = run_checks(options.only)
     timed = run_timings(options.only, limits)
+    print()
+    models = run_models(tuple(r for r in RUNS if all(word in r.name for word in options.only)), device)
     print(f"\n{time.perf_counter() - begun:.0f} s in all")
     if options.json:
         record = {
@@ -271,6 +263,7 @@ def main() -> int:
             "limits": asdict(limits),
             "checks": right,
             "timings": timed,
+            "models": models,
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0 if all(r["right"] for r in right) else 1

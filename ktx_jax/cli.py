@@ -45,7 +45,7 @@ Context = Annotated[
 Batch = Annotated[int, typer.Option(min=1, help="Most texts that run at once.")]
 Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of activations and cache.")]
 Implementation = Annotated[
-    Literal["xla", "ffi"] | None,
+    Literal["xla", "pallas", "ffi"] | None,
     typer.Option(help="Of the heavy operations: xla is exact, ffi fast on CPUs. [default: the fast one that runs]"),
 ]
 Override = Annotated[
@@ -394,7 +394,9 @@ def compare(
     dtype: Dtype = "bfloat16",
     implementation: Implementation = None,
     b_dtype: Annotated[Literal["bfloat16", "float32"] | None, typer.Option(help="Of B. [default: A's]")] = None,
-    b_implementation: Annotated[Literal["xla", "ffi"] | None, typer.Option(help="Of B. [default: A's]")] = None,
+    b_implementation: Annotated[
+        Literal["xla", "pallas", "ffi"] | None, typer.Option(help="Of B. [default: A's]")
+    ] = None,
     override: Override = [],  # noqa: B006
     rules: RunRules = None,
     out: Kept = None,

@@ -36,18 +36,19 @@ from ktx_jax.model.capture import check_seen, fnmatch_all, tap, tracing
 from ktx_jax.model.config import Config, config_from_gguf
 from ktx_jax.model.modules import causal_logits
 from ktx_jax.sharding.auto import Sizes
+from ktx_jax.sharding.gpu_kernels import PALLAS, why_not_in, why_not_on
 from ktx_jax.sharding.load import Implementations, Progress, load_model, op_of
 from ktx_jax.sharding.mesh import bind
 from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.rules import Rules
-from ktx_jax.sharding.run import plan_run
+from ktx_jax.sharding.run import capability, plan_run
 from ktx_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("ktx_jax")
 
 Prompt: TypeAlias = str | Sequence[int]
 
-IMPLEMENTATIONS = ("xla", "ffi")
+IMPLEMENTATIONS = ("xla", "pallas", "ffi")
 DEFAULT_CONTEXT = 4096
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -94,7 +95,7 @@ class LLM:
         sequences that do not fit together give way to older ones and are computed anew.
       dtype: "float32" (exact) or "bfloat16", of activations and cache. Weights stay as the file has them.
       implementation: of the heavy operations: "xla" is exact and runs everywhere, "ffi" is fast on CPUs (activations
-        become int8 where weights are quantized). None takes the fast one where it runs.
+        become int8 where weights are quantized), "pallas" is for Hopper GPUs. None takes the fast one where it runs.
       override: metadata values laid over the file's, e.g. `{"expert_group_count": 4}`.
       rules: which part lies on which device and how it is cut: a rule file, `Rules`, or "auto", which splits the layers
         over all devices by their free memory. None for one device.
@@ -138,14 +139,14 @@ class LLM:
             raise KtxError("devices should be a list of at least one device")
         use_compilation_cache()
         with meeting() as link, open_gguf(path) as gguf:
-            implementations = _implementations(implementation, devices[0])
+            implementations = _implementations(implementation, devices, dtype)
             self.implementation = implementations.devices
             check_architecture(gguf)
             self.path = Path(path)
             self.config = config_from_gguf(gguf.metadata, gguf.tensors, override=override, file=str(path))
             longest = self.config.max_position_embeddings
             wanted = Sizes(context or min(DEFAULT_CONTEXT, longest), batch, dtype)
-            self.plan = plan_run(gguf, self.config, rules, devices, wanted)
+            self.plan = plan_run(gguf, self.config, rules, devices, wanted, implementation=implementations.devices)
             limits = _limits(self.plan, implementations, cache_tokens)
             self.tokenizer = Tokenizer.from_gguf(gguf)
             self.chat_template: str | None = chat_template or gguf.metadata.get("tokenizer.chat_template")
@@ -304,8 +305,8 @@ class LLM:
         model, dtype = self._model, self.dtype
         if self.implementation != "xla":
             with open_gguf(self.path) as gguf:
-                xla = Implementations("xla", "xla")
-                model = load_model(gguf, self.plan, bind(self.plan, self._devices), implementations=xla)
+                xla, plan = Implementations("xla", "xla"), self.plan.on_xla()
+                model = load_model(gguf, plan, bind(plan, self._devices), implementations=xla)
         [stage] = model.stages
         graphdef, params = stage.prefill.graphdef, stage.prefill.state
 
@@ -370,21 +371,40 @@ def _dtype(name: str) -> Any:
     return _DTYPES[name]
 
 
-def _implementations(name: str | None, device: jax.Device) -> Implementations:
-    """What computes on devices like `device`, and on the host beside them."""
+def _implementations(name: str | None, devices: Sequence[jax.Device], dtype: str) -> Implementations:
+    """What computes on the devices, and on the host beside them."""
     if name is not None and name not in IMPLEMENTATIONS:
         raise KtxError(f"implementation should be one of {', '.join(IMPLEMENTATIONS)}; found {name!r}")
-    on_cpu = device.platform == "cpu"
-    if name == "ffi" and not on_cpu:
-        raise KtxError(f"implementation 'ffi' computes on CPUs; the device is {device}")
-    if name == "xla" and on_cpu:
+    if devices[0].platform != "cpu":
+        return Implementations(_on_gpus(name, devices, dtype), _on_host())
+    if name == "pallas":
+        raise KtxError(f"implementation 'pallas' computes on GPUs; the device is {devices[0]}")
+    if name == "xla":
         return Implementations("xla", "xla")
-    if not ktx_ffi.available():
-        if name == "ffi":
-            raise KtxError(f"implementation 'ffi' cannot run: {ktx_ffi.why_unavailable()}")
-        log.warning("the CPU kernels cannot run, XLA computes in their place: %s", ktx_ffi.why_unavailable())
-        return Implementations("xla", "xla")
-    return Implementations("ffi" if on_cpu else "xla", "ffi")
+    if name == "ffi" and not ktx_ffi.available():
+        raise KtxError(f"implementation 'ffi' cannot run: {ktx_ffi.why_unavailable()}")
+    return Implementations(*[_on_host()] * 2)
+
+
+def _on_gpus(name: str | None, devices: Sequence[jax.Device], dtype: str) -> str:
+    if name == "ffi":
+        raise KtxError(f"implementation 'ffi' computes on CPUs; the device is {devices[0]}")
+    if name == "xla":
+        return name
+    obstacle = why_not_on(capability(devices)) or why_not_in(dtype)
+    if obstacle is None:
+        return PALLAS
+    if name is not None:
+        raise KtxError(f"implementation 'pallas' cannot run: {obstacle}")
+    log.warning("XLA computes: %s", obstacle)
+    return "xla"
+
+
+def _on_host() -> str:
+    if ktx_ffi.available():
+        return "ffi"
+    log.warning("the CPU kernels cannot run, XLA computes in their place: %s", ktx_ffi.why_unavailable())
+    return "xla"
 
 
 def _set_cpu_threads(count: int) -> None:

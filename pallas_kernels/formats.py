@@ -20,6 +20,9 @@ from dataclasses import dataclass
 ROWS = 64
 """Weight rows of a record: the rows of a wgmma."""
 
+LEAST_ROWS = 128
+"""The fewest rows of a weight for which there is a kernel at every number of tokens: a block of prefill has as many."""
+
 TILE = 64
 """Columns of a tile: four wgmma steps of 16."""
 

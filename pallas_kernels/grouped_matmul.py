@@ -7,7 +7,7 @@ from jaxtyping import Array, BFloat16, Float, Int, Int32
 
 from pallas_kernels.decode_matmul import decode_products
 from pallas_kernels.formats import format_of
-from pallas_kernels.groups import group_pairs
+from pallas_kernels.groups import group_pairs, pairs_of_one_token
 from pallas_kernels.heuristics import DECODE_ROWS, decode_tiles, group_rows
 from pallas_kernels.prefill_matmul import prefill_products
 from pallas_kernels.unpack import dequantize
@@ -15,6 +15,14 @@ from pallas_kernels.unpack import dequantize
 
 def _silu(x: jax.Array) -> jax.Array:
     return x / (1.0 + jnp.exp(-x))
+
+
+def _among(hidden: jax.Array, inputs: int, offset: Int[Array, ""] | int) -> jax.Array:
+    """The hidden values at `offset` among `inputs` of them, zeros around."""
+    if hidden.shape[-1] == inputs:
+        return hidden
+    room = jnp.zeros((*hidden.shape[:-1], inputs), hidden.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(room, hidden, offset, axis=2)
 
 
 def grouped_mlp_reference(
@@ -43,6 +51,7 @@ def grouped_mlp(
     down: Int32[Array, "E d_ f_ rows_ 64"],
     names: tuple[str, str],
     *,
+    offset: Int[Array, ""] | int = 0,
     interpret: bool = False,
 ) -> Float[Array, "T D"]:
     """Sum over each token's k experts of weight · down(silu(gate x) * (up x)), float32.
@@ -53,25 +62,28 @@ def grouped_mlp(
     the width F, the same weights' slices and a sum.
 
     Args:
-      gate, up: records of type `names[0]` of `[E, F, D]`; down: of type `names[1]`, of `[E, D, F]`.
+      gate, up: records of type `names[0]` of `[E, F, D]`; down: of type `names[1]`, of `[E, D, F]`, or wider where F is
+        a slice that was cut inside a record.
+      offset: where the F values then lie among down's inputs; what lies beside them is multiplied by zeros.
       interpret: run in JAX's CPU interpreter of Mosaic kernels.
 
     Raises `NotImplementedError` for rows that are not bfloat16, and types without records.
     """
     gate_fmt, down_fmt = format_of(names[0]), format_of(names[1])
     experts, width, d = gate_fmt.weight_shape(gate.shape)
+    inputs = down_fmt.weight_shape(down.shape)[-1]
     tokens, k = ids.shape
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"grouped_mlp takes bfloat16 rows, not {x.dtype}")
     for what, got, want in (
         ("up", gate_fmt.weight_shape(up.shape), (experts, width, d)),
-        ("down", down_fmt.weight_shape(down.shape), (experts, d, width)),
+        ("down", down_fmt.weight_shape(down.shape), (experts, d, max(inputs, width))),
         ("x", x.shape, (tokens, d)),
     ):
         if tuple(got) != want:
             raise ValueError(f"{what} has shape {tuple(got)}; beside gate {(experts, width, d)} it must have {want}")
     rows = group_rows(tokens * k, experts)
-    groups = group_pairs(ids.reshape(-1), experts, rows)
+    groups = (pairs_of_one_token if tokens == 1 else group_pairs)(ids.reshape(-1), experts, rows)
     # A row without a pair reads the last token: nothing will read what it gives.
     x_rows = x[jnp.minimum(groups.pair // k, tokens - 1)].reshape(-1, rows, d)
     tiles = x_rows.shape[0]
@@ -79,11 +91,13 @@ def grouped_mlp(
         how = decode_tiles(gate_fmt, rows, tiles, width, d, 2)
         gate_x, up_x = decode_products(x_rows, (gate, up), groups.expert, names[0], how, interpret=interpret)
         hidden = (_silu(gate_x) * up_x).astype(jnp.bfloat16).transpose(0, 2, 1)
-        how = decode_tiles(down_fmt, rows, tiles, d, width, 1)
+        hidden = _among(hidden, inputs, offset)
+        how = decode_tiles(down_fmt, rows, tiles, d, inputs, 1)
         (out,) = decode_products(hidden, (down,), groups.expert, names[1], how, interpret=interpret)
         out = out.transpose(0, 2, 1)
     else:
         hidden = prefill_products(x_rows, (gate, up), groups.expert, names[0], interpret=interpret)
+        hidden = _among(hidden, inputs, offset)
         out = prefill_products(hidden, (down,), groups.expert, names[1], interpret=interpret)
     by_pair = out.reshape(-1, d).at[groups.place].get(mode="fill", fill_value=0).reshape(tokens, k, d)
     return jnp.einsum("tk,tkd->td", weights.astype(jnp.float32), by_pair.astype(jnp.float32), precision="highest")

@@ -17,12 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.formats import ROWS, TILE, Format, format_of
+from pallas_kernels.formats import LEAST_ROWS, ROWS, TILE, Format, format_of
 from pallas_kernels.heuristics import prefill_stages
 from pallas_kernels.mosaic import Ref
 from pallas_kernels.unpack import group_scales, tile_values
 
-_COMPUTE = 2
+_COMPUTE = LEAST_ROWS // ROWS
 """Warpgroups that compute."""
 
 
@@ -89,8 +89,8 @@ def prefill_products(
     fmt = format_of(name)
     tiles, m, k = x.shape
     experts, slices = weights[0].shape[:2]
-    if slices < _COMPUTE:
-        raise NotImplementedError(f"the prefill kernel takes weights of {_COMPUTE * ROWS} rows and more: N is {ROWS}")
+    if slices * ROWS < LEAST_ROWS:
+        raise NotImplementedError(f"the prefill kernel takes weights of {LEAST_ROWS} rows and more: N is {ROWS}")
     specs = _plane_specs(fmt)
     steps = k // TILE
 

@@ -38,7 +38,7 @@ def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
 
 def random_records(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> jax.Array:
     """Records of a random weight."""
-    return jnp.asarray(pack(random_blocks(name, shape, rng), name))
+    return pack(random_blocks(name, shape, rng), name)
 
 
 def random_rows(shape: tuple[int, ...], rng: np.random.Generator) -> jax.Array:

@@ -10,6 +10,7 @@ from plan_golden import ROOT, preset
 from ktx_jax.aot import compile as ahead
 from ktx_jax.aot.compile import Compilation, check_installed, compile_plan, run_job
 from ktx_jax.aot.exchanges import exchanges
+from ktx_jax.aot.hlo import MOSAIC
 from ktx_jax.aot.representatives import Representatives
 from ktx_jax.aot.target_config import target_config, topology
 from ktx_jax.errors import KtxError
@@ -194,3 +195,25 @@ class TestAbsentGpus:
         rules = (V25 / "8gpu.yaml").read_text().replace("tensor: 8", "tensor: 16")
         plan = Plan.from_rules(preset("v2.5"), Rules.from_text(rules))
         check(plan, compile_plan(plan, load_target("rtx4090"), phases=("decode",)))
+
+    @pytest.mark.parametrize(
+        ("model", "quant", "layer"), [("v2.5", "iq4_xs", 12), ("v2-lite", "q4_k_m", 11)], ids=["V2.5", "V2-Lite"]
+    )
+    def test_whole_steps_on_the_gpu_kernels(self, model, quant, layer, tmp_path, monkeypatch):
+        """On one H200: every product a kernel, no weight dequantized, no expert made dense, one CUDA graph a token."""
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text")
+        target = load_target("h200")
+        plan = Plan.for_target(preset(model), Rules.from_text("rules: []", "one device"), target, types=quant, batch=1)
+        made = compile_plan(plan, target)
+        check(plan, made)
+        decode, prefill = made.steps
+        # Smaller than any one weight of the step would be in bfloat16, and than a layer's experts.
+        assert decode.temporaries < 16e6
+        assert prefill.temporaries < 0.3e9
+        ours = [1 + layer * plan.config.num_hidden_layers - 2] * 2  # the head; a dense layer has two fewer
+        assert [step.launches(MOSAIC) for step in made.steps] == ours
+        graphs = [
+            {line.split()[1] for line in path.read_text().splitlines() if line[:1].isdigit()}
+            for path in tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
+        ]
+        assert {"kCommandBuffer"} in graphs  # decode, the draw included

@@ -3,7 +3,7 @@
 
 import pytest
 
-from ktx_jax.aot.hlo import CompiledCollective, read_collectives
+from ktx_jax.aot.hlo import CompiledCollective, read_collectives, read_kernels
 
 # Cut from compiled programs: a loop of known length, a branch, a fusion, an async pair and a wrapped async computation.
 TEXT = """\
@@ -89,3 +89,27 @@ def test_what_is_not_understood_is_an_error(line, said):
 def test_no_entry_is_an_error():
     with pytest.raises(ValueError, match="no entry"):
         read_collectives("")
+
+
+def test_kernels_that_a_program_starts():
+    text = """\
+HloModule m
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %y = f32[8]{0} fusion(%x), kind=kLoop, calls=%f, metadata={op_name="jit(f)/layers.3/add"}
+  ROOT %t = (s32[], f32[8]) tuple(%x, %y)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %k = f32[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/layers.3/mul"}
+  %b = f32[8]{0} bitcast(%k)
+  %w = (s32[], f32[8]) while(%b), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %s = (f32[8], u32[]) copy-start(%b)
+  ROOT %d = f32[8]{0} copy-done(%s)
+}
+"""
+    assert [(k.kind, k.count) for k in read_kernels(text)] == [("mosaic_gpu_v2", 1), ("fusion", 5), ("copy-start", 1)]
+    assert read_kernels(text)[0].where == "jit(f)/layers.3/mul"

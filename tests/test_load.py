@@ -3,7 +3,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,10 +19,8 @@ from ktx_jax.gguf.quantize import quantize
 from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.gguf.writer import TensorSource, write_gguf
 from ktx_jax.model.config import config_from_gguf
-from ktx_jax.model.modules import Attention
 from ktx_jax.quantized import QuantizedArray
 from ktx_jax.sharding.auto import Sizes
-from ktx_jax.sharding.choices import Ops
 from ktx_jax.sharding.load import Implementations, load_model
 from ktx_jax.sharding.mesh import bind
 from ktx_jax.sharding.parameters import parameter_shapes
@@ -118,20 +115,6 @@ def test_both_layouts_in_one_file(tmp_path, caplog):
     path = changed(tmp_path, "split", change)
     assert dense(load(path)["model.layers.0.self_attn.k_b_proj"]).any()
     assert not caplog.records
-
-
-def test_the_gpu_kernels_are_not_used_yet(caplog):
-    with open_gguf(golden_path(BY_NAME["grouped"])) as gguf:
-        plan = plan_run(gguf, config_from_gguf(gguf.metadata, gguf.tensors), None, [CPU], Sizes(context=64))
-        asked = [replace(p, ops=Ops("pallas", "pallas")) for p in plan.parameters if p.path.endswith("o_proj")]
-        others = [p for p in plan.parameters if not p.path.endswith("o_proj")]
-        plan = replace(plan, parameters=(*asked, *others))
-        xla = Implementations("xla", "xla")
-        [stage] = load_model(gguf, plan, bind(plan, [CPU]), implementations=xla).stages
-    model = nnx.merge(stage.decode.graphdef, stage.decode.state)
-    assert {m.implementation for _, m in nnx.iter_modules(model) if isinstance(m, Attention)} == {"xla"}
-    [record] = caplog.records
-    assert record.getMessage().startswith(f"the rules give {len(asked)} parameters to 'pallas'")
 
 
 def test_routers_and_norms_of_any_float_type(tmp_path):

@@ -30,7 +30,7 @@ def _interpreted(monkeypatch):
 def _both(ggml_type: T, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[PlanesArray, QuantizedArray]:
     blocks = random_blocks(ggml_type.name, shape, rng)
     return (
-        PlanesArray(jnp.asarray(pack(blocks, ggml_type.name)), ggml_type),
+        PlanesArray(pack(blocks, ggml_type.name), ggml_type),
         QuantizedArray(jnp.asarray(blocks), ggml_type),
     )
 

@@ -77,6 +77,9 @@ def test_a_plan_covers_every_parameter_once_and_its_bytes_add_up(path):
         parts = cuts(p.spec, plan.mesh)
         whole, block = stored_bytes(p.shape, p.stored_type), GGML_QUANT_SIZES[p.stored_type][0]
         pieces = p.nbytes * math.prod(parts)
+        if p.ops.decode == "pallas":  # the records of the GPU kernels
+            assert whole <= pieces <= 1.03 * whole
+            continue
         assert pieces == whole if p.shape[-1] // parts[-1] % block == 0 else pieces > whole
     held = {name: sum(p.nbytes for p in plan.parameters if name in p.devices) for name in plan.devices}
     assert held == {name: need.weights for name, need in plan.needs.items()}

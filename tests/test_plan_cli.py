@@ -111,7 +111,7 @@ def test_what_the_compiler_says_is_shown(capsys, tmp_path, monkeypatch):
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert any(line.startswith("decode 0 all-reduce 8 81.9 kB 121 121 embed_tokens, layers.0-59") for line in lines)
     assert any(line.startswith("prefill 0 all-reduce 8 5.2 MB 121 122 !") for line in lines)
-    assert any(line.startswith("decode 0 20.6 GB 20.6 GB 14.0 MB") for line in lines)
+    assert any(line.startswith("decode 0 20.6 GB 21.2 GB 14.0 MB") for line in lines)
     assert "Compiled by XLA" in (tmp_path / "plan.html").read_text(encoding="utf-8")
     _, out, _ = run(capsys, *options, "--json")
     step = json.loads(out)["compiled"]["steps"][1]
@@ -226,7 +226,7 @@ def test_a_file_of_142_gb_is_planned_in_seconds_and_without_jax(headers_of_142_g
     begun = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "18.3 GB" in done.stdout
+    assert "18.8 GB" in done.stdout  # 142.6 GB as the GPU kernels' records, over 8
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Processor time, which neighbours change least: 0.4 s.
     assert ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime < 3

@@ -43,8 +43,8 @@ def test_every_combination_is_a_row(rows):
 
 def test_a_row_is_its_plan(rows):
     row = rows[1]
-    plan = Plan.from_rules(preset("v2.5"), Rules.from_file(V25 / "8gpu.yaml"), batch=64, context=4096)
     h200 = load_target("h200")
+    plan = Plan.for_target(preset("v2.5"), Rules.from_file(V25 / "8gpu.yaml"), h200, batch=64, context=4096)
     made = roofline(plan, h200, step_size(plan, "decode"), host=load_target("cpu"))
     assert row.decode_s == made.seconds
     assert (row.devices, row.context, row.fits) == (8, 4096, True)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
-from ktx_jax.aot.hlo import CompiledCollective
+from ktx_jax.aot.hlo import CompiledCollective, CompiledKernel
 from ktx_jax.aot.representatives import Representatives
 from ktx_jax.aot.target_config import target_config, topology
 from ktx_jax.errors import KtxError
@@ -20,6 +21,8 @@ from ktx_jax.sharding.devices import HOST, device_number
 from ktx_jax.sharding.plan import GPU, Plan
 from ktx_jax.sharding.step_size import PHASES, StepSize, step_size
 from ktx_jax.sharding.targets import Target
+
+Counted = TypeVar("Counted", CompiledCollective, CompiledKernel)
 
 PLUGIN = "jax-cuda12-plugin"
 _PACKAGES = (PLUGIN, "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
@@ -54,6 +57,7 @@ class CompiledStep:
       layers: of the arguments, those of each layer.
       temporaries, results: what the program needs beside them.
       seconds: that compiling took.
+      kernels: what the device is told to run, in order.
       error: the compiler's message, in which case nothing else is known.
     """
 
@@ -65,7 +69,12 @@ class CompiledStep:
     results: int = 0
     collectives: tuple[CompiledCollective, ...] = ()
     seconds: float = 0.0
+    kernels: tuple[CompiledKernel, ...] = ()
     error: str | None = None
+
+    def launches(self, kind: str | None = None) -> int:
+        """How many kernels a step starts, of one kind or of all."""
+        return sum(k.count for k in self.kernels if kind is None or k.kind == kind)
 
 
 @dataclass(frozen=True)
@@ -167,11 +176,13 @@ def scaled(step: CompiledStep, chosen: Representatives) -> CompiledStep:
     """A step of representatives as one of all the layers they stand for."""
     more = sum(nbytes * (chosen.stands_for[layer] - 1) for layer, nbytes in step.layers)
     return replace(
-        step, arguments=step.arguments + more, collectives=tuple(_times(c, chosen) for c in step.collectives)
+        step,
+        arguments=step.arguments + more,
+        collectives=tuple(_times(c, chosen) for c in step.collectives),
+        kernels=tuple(_times(k, chosen) for k in step.kernels),
     )
 
 
-def _times(collective: CompiledCollective, chosen: Representatives) -> CompiledCollective:
-    layer = _LAYER.search(collective.where)
-    count = collective.count * (chosen.stands_for[int(layer[1])] if layer else 1)
-    return replace(collective, count=count)
+def _times(found: Counted, chosen: Representatives) -> Counted:
+    layer = _LAYER.search(found.where)
+    return replace(found, count=found.count * (chosen.stands_for[int(layer[1])] if layer else 1))

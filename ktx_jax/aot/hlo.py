@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The collectives of a compiled program, read from its HLO text."""
+"""The collectives of a compiled program and the kernels that it starts, read from its HLO text."""
 
 import math
 import re
@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")  # fmt: skip
+MOSAIC = "mosaic_gpu_v2"
+"""The custom call that a kernel of `pallas_kernels` is."""
 _BITS = {"pred": 8, "token": 0, "bf16": 16, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{$")
@@ -18,6 +20,10 @@ _CALLED = re.compile(
     r"|async_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_CONTROL = ("while", "conditional", "call")
+_FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "opt-barrier", "partition-id")
+"""Instructions for which nothing runs."""
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -41,6 +47,21 @@ class CompiledCollective:
     nbytes: int
     count: int
     bounded: bool
+    where: str
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """Something that the device is told to run: a fusion, a call of a library or of a kernel of ours, a copy, a sort.
+
+    Attributes:
+      kind: its opcode, or the target of a custom call.
+      count: times in a step; in a loop of unknown length, of one turn. Of branches, all are counted.
+      where: the operation's name in the traced program.
+    """
+
+    kind: str
+    count: int
     where: str
 
 
@@ -74,6 +95,28 @@ def read_collectives(text: str) -> list[CompiledCollective]:
     found: list[CompiledCollective] = []
     _walk(computations, entry, 1, True, found)
     return found
+
+
+def read_kernels(text: str) -> list[CompiledKernel]:
+    """Everything that the entry computation starts, in the order of the text, as `read_collectives`."""
+    computations, entry = _computations(text)
+    found: list[CompiledKernel] = []
+    _walk_kernels(computations, entry, 1, found)
+    return found
+
+
+def _walk_kernels(
+    computations: dict[str, list[_Instruction]], name: str, times: int, found: list[CompiledKernel]
+) -> None:
+    for instruction in computations.get(name, []):
+        if instruction.opcode in _CONTROL:
+            trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
+            for _, called in instruction.called():
+                _walk_kernels(computations, called, times * (int(trips[1]) if trips else 1), found)
+        elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+            target, where = _TARGET.search(instruction.rest), _OP_NAME.search(instruction.rest)
+            kind = target[1] if target else instruction.opcode
+            found.append(CompiledKernel(kind, times, where[1] if where else ""))
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:

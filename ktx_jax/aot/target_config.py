@@ -4,6 +4,9 @@
 from ktx_jax.errors import KtxError
 from ktx_jax.sharding.targets import Target
 
+_CUDA = "12.9.0"
+"""Of the driver and runtime: XLA puts calls of kernels into CUDA graphs from 12.3 on."""
+
 
 def target_config(target: Target) -> str:
     """XLA's `GpuTargetConfigProto` of a target, in text form.
@@ -29,6 +32,7 @@ gpu_device_info {{
   device_memory_size: {target.memory}
   cuda_compute_capability {{ major: {major} minor: {minor}{accelerated} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  driver_version: "{_CUDA}" runtime_version: "{_CUDA}"
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}

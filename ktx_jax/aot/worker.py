@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from ktx_jax.aot.compile import Answer, CompiledStep, Job
-from ktx_jax.aot.hlo import read_collectives
+from ktx_jax.aot.hlo import read_collectives, read_kernels
 from ktx_jax.engine.program import BY_SHARD
 from ktx_jax.engine.sampling import Draw
 from ktx_jax.engine.scheduler import Limits, Work
@@ -72,6 +72,7 @@ class _Compiler:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             return CompiledStep(index, size.phase, seconds=time.perf_counter() - begun, error=str(error))
+        text = compiled.as_text() or ""
         memory: Any = compiled.memory_analysis()
         return CompiledStep(
             index, size.phase,
@@ -79,8 +80,9 @@ class _Compiler:
             layers=tuple(self._layer_bytes(index, decode=decode).items()),
             temporaries=memory.temp_size_in_bytes,
             results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            collectives=tuple(read_collectives(compiled.as_text() or "")),
+            collectives=tuple(read_collectives(text)),
             seconds=time.perf_counter() - begun,
+            kernels=tuple(read_kernels(text)),
         )  # fmt: skip
 
     def _inputs(self, index: int, size: StepSize) -> tuple[Any, Run, Any, Draw]:

@@ -15,7 +15,8 @@ from ktx_jax.errors import KtxError
 from ktx_jax.sharding.auto import Sizes, choose_rules
 from ktx_jax.sharding.devices import HOST
 from ktx_jax.sharding.fit import capacities
-from ktx_jax.sharding.plan import GPU, Plan
+from ktx_jax.sharding.gpu_kernels import default_implementation
+from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.roofline import Roofline, pipelined, roofline
 from ktx_jax.sharding.rules import Rules
 from ktx_jax.sharding.step_size import PHASES, step_size
@@ -56,15 +57,15 @@ def _plan(options: PlanOptions) -> int:
     shape = model_shape(options.model, options.preset, options.quant)
     target = None if options.target is None else load_target(options.target)
     sizes = _memory(options, target)
-    made = Plan.from_rules(
+    made = Plan.for_target(
         shape.config,
-        _rules(options, shape, sizes),
+        _rules(options, shape, sizes, target),
+        target,
         devices=options.devices or (len(sizes) if isinstance(sizes, list) else None),
         types=shape.types,
         context=options.context,
         batch=options.batch,
         dtype=options.dtype,
-        platform=GPU if target is None else target.platform,
     )
     room = _room(made, sizes, options.host_memory)
     fit = made.check(room) if room else None
@@ -126,7 +127,7 @@ def _memory(options: PlanOptions, target: Target | None) -> list[int] | int | No
     return sizes
 
 
-def _rules(options: PlanOptions, shape: ModelShape, sizes: list[int] | int | None) -> Rules:
+def _rules(options: PlanOptions, shape: ModelShape, sizes: list[int] | int | None, target: Target | None) -> Rules:
     if options.auto is None:
         return Rules.from_text("rules: []", "one device") if options.rules is None else Rules.from_file(options.rules)
     if options.rules is not None:
@@ -138,7 +139,8 @@ def _rules(options: PlanOptions, shape: ModelShape, sizes: list[int] | int | Non
     memory = sizes if isinstance(sizes, list) else [sizes] * (options.devices or 1)
     host = None if options.host_memory is None else round(options.host_memory * _GB)
     wanted = Sizes(options.context, options.batch, options.dtype)
-    text = choose_rules(shape.config, shape.types, memory, wanted, host)
+    op = default_implementation(None if target is None else target.capability, options.dtype)
+    text = choose_rules(shape.config, shape.types, memory, wanted, host, implementation=op)
     options.auto.write_text(text, encoding="utf-8")
     notes.print(f"rules written to {options.auto}", markup=False)
     return Rules.from_text(text, str(options.auto))

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ktx_jax.aot.compile import Compilation, CompiledStep
 from ktx_jax.aot.exchanges import Exchange, exchanges
+from ktx_jax.aot.hlo import MOSAIC
 from ktx_jax.sharding.memory import show_bytes
 from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.roofline import Roofline
@@ -61,9 +62,10 @@ def roofline_json(lone: Roofline, flowing: Roofline) -> dict[str, Any]:
 
 
 def compiled_text(plan: Plan, made: Compilation) -> str:
-    """The programs' bytes beside the plan's, and their collectives beside the predicted ones."""
+    """The programs' bytes beside the plan's, the kernels they start (and how many are `pallas_kernels`'), and their
+    collectives beside the predicted ones."""
     programs = _table("step", "stage")
-    for name in ("arguments", "planned", "temporaries", "planned", "results", "compiled in"):
+    for name in ("arguments", "planned", "temporaries", "planned", "results", "launches", "of ours", "compiled in"):
         programs.add_column(name, justify="right")
     collectives = _table("step", "stage", "collective")
     for name in ("devices", "bytes", "predicted", "compiled"):
@@ -76,7 +78,8 @@ def compiled_text(plan: Plan, made: Compilation) -> str:
             continue
         need = _planned(plan, step)
         sizes = (step.arguments, need["arguments"], step.temporaries, need["temporaries"], step.results)
-        programs.add_row(step.phase, str(step.stage), *map(show_bytes, sizes), f"{step.seconds:.1f} s")
+        launches = (str(step.launches()), str(step.launches(MOSAIC)))
+        programs.add_row(step.phase, str(step.stage), *map(show_bytes, sizes), *launches, f"{step.seconds:.1f} s")
         for e in _exchanges(plan, made, step):
             mark = " !" if e.surprising else ""
             count = f"{e.compiled}{' in an unknown loop' if e.unbounded else ''}{mark}"
@@ -113,6 +116,8 @@ def _step_json(plan: Plan, made: Compilation, step: CompiledStep) -> dict[str, A
         "results": step.results,
         "planned": _planned(plan, step),
         "seconds": step.seconds,
+        "launches": step.launches(),
+        "launches_of_ours": step.launches(MOSAIC),
         "collectives": [asdict(e) for e in _exchanges(plan, made, step)],
     }
 

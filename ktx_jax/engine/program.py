@@ -13,6 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 BY_SHARD = PartitionSpec("data")
 """Of every input and result of a program: a leading axis for the shards of the `data` axis."""
 
+_ON_GPUS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+"""XLA's own choice of what goes into CUDA graphs, and branches and loops: else the host would be asked which way to go
+in the middle of a token, where it is drawn."""
+
 Method: TypeAlias = Callable[..., tuple[Any, Any]]
 """`(module, pages, *arguments)` to a result and the pages: hashable, and equal where it computes the same."""
 
@@ -30,7 +36,8 @@ class Program:
     def __init__(self, graphdef: Any, treedef: Any, mesh: Mesh, specs: tuple[PartitionSpec, ...]):
         self._graphdef, self._treedef, self._mesh, self._specs = graphdef, treedef, mesh, specs
         self.by_shard = NamedSharding(mesh, BY_SHARD)
-        self.run: Any = jax.jit(self._run, static_argnames="method", donate_argnames="pages")
+        options = None if mesh.devices.flat[0].platform == "cpu" else _ON_GPUS
+        self.run: Any = jax.jit(self._run, static_argnames="method", donate_argnames="pages", compiler_options=options)
 
     def _run(self, method: Method, leaves: list[Any], pages: Any, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
         compute = partial(self._on_one_shard, method)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversion of the rarer ggml types to Q8_0 while loading: the step's arithmetic then knows only the native ones."""
+"""Conversion to Q8_0 while loading, of ggml types that the step's arithmetic, or a kernel, does not know."""
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
@@ -25,6 +25,10 @@ CONVERTED_TYPES: frozenset[GGMLQuantizationType] = frozenset(
 )
 """Types that gguf-py can dequantize and that are not native: they become Q8_0."""
 
+_WITHOUT_RECORDS = frozenset({_T.Q4_1, _T.Q5_1, _T.Q2_K, _T.Q3_K, _T.IQ4_NL})
+"""Native types that the GPU kernels have no layout for."""
+
+_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _CHUNK = 1 << 20  # values converted at a time: bounds the float32 copy
 
 
@@ -33,12 +37,15 @@ def to_q8_0(
 ) -> tuple[UInt8[np.ndarray, "*lead nb8 34"], float]:
     """Q8_0 blocks of the same values, and the relative error this costs: RMS of the change over RMS of the values.
 
-    Works in chunks, so the float32 values of at most about a million elements exist at a time.
+    IQ4_NL becomes Q8_0 exactly: its levels are whole numbers. Works in chunks, so the float32 values of at most about a
+    million elements exist at a time.
 
-    Raises `ValueError` for a type outside `CONVERTED_TYPES`, and for values that Q8_0 cannot hold (not finite, or a
+    Raises `ValueError` for a type that is never converted, and for values that Q8_0 cannot hold (not finite, or a
     scale beyond float16).
     """
-    if ggml_type not in CONVERTED_TYPES:
+    if ggml_type == _T.IQ4_NL:
+        return _iq4_nl(blocks), 0.0
+    if ggml_type not in CONVERTED_TYPES | _WITHOUT_RECORDS:
         raise ValueError(f"{ggml_type.name} is not among the types that are converted to Q8_0 while loading")
     block_size, type_size = GGML_QUANT_SIZES[ggml_type]
     source = np.ascontiguousarray(blocks).reshape(-1, type_size)
@@ -55,3 +62,10 @@ def to_q8_0(
         total += float(np.sum(np.square(values), dtype=np.float64))
     *lead, nb, _ = blocks.shape
     return out.reshape(*lead, nb * factor, 34), (change / total) ** 0.5 if total else 0.0
+
+
+def _iq4_nl(blocks: UInt8[np.ndarray, "*lead nb 18"]) -> UInt8[np.ndarray, "*lead nb 34"]:
+    """The levels of IQ4_NL's table as the quants of Q8_0, under the same scale."""
+    packed = blocks[..., 2:]
+    levels = _IQ4_VALUES[np.concatenate([packed & 0x0F, packed >> 4], axis=-1)]
+    return np.concatenate([blocks[..., :2], levels.view(np.uint8)], axis=-1)

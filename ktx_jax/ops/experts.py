@@ -94,7 +94,7 @@ def experts(
     if isinstance(gate, jax.Array) and isinstance(up, jax.Array) and isinstance(down, jax.Array):
         return _all_experts(x, ids, weights, gate, up, down)
     if isinstance(gate, PlanesArray) and isinstance(up, PlanesArray) and isinstance(down, PlanesArray):
-        return _on_planes(x, ids, weights, gate, up, down)
+        return _on_planes(x, ids, weights, gate, up, down, offset)
     tiles = _tiles(ids, gate.shape[0])
     k, (tokens, width) = ids.shape[1], x.shape
 
@@ -116,7 +116,13 @@ def experts(
 
 
 def _on_planes(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, gate: PlanesArray, up: PlanesArray, down: PlanesArray
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    gate: PlanesArray,
+    up: PlanesArray,
+    down: PlanesArray,
+    offset: Offset,
 ) -> jax.Array:
     """The GPU kernels' form (imported here: it takes a second)."""
     from pallas_kernels.grouped_matmul import grouped_mlp
@@ -126,7 +132,8 @@ def _on_planes(
             f"the GPU kernel of experts takes gate, up of one type, not {gate.ggml_type.name} and {up.ggml_type.name}"
         )
     names = (gate.ggml_type.name, down.ggml_type.name)
-    return grouped_mlp(x, ids, weights, gate.records, up.records, down.records, names).astype(x.dtype)
+    records = (gate.records, up.records, down.records)
+    return grouped_mlp(x, ids, weights, *records, names, offset=offset).astype(x.dtype)
 
 
 def _all_experts(

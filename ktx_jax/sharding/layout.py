@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a parameter lies in memory: as numbers, as blocks of its file, or as handles of the CPU kernels' weights."""
+"""How a parameter lies in memory: as numbers, the file's blocks, the GPU kernels' records, the CPU kernels' handles."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,13 +10,14 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ktx_jax.quantized import HostArray, QuantizedArray
+from ktx_jax.quantized import HostArray, PlanesArray, QuantizedArray
 from ktx_jax.sharding.choices import Spec
+from ktx_jax.sharding.gpu_kernels import PALLAS, KernelLayout, has_kernel, kernel_layout, turned_spec
 from ktx_jax.sharding.granules import touched_blocks
 from ktx_jax.sharding.partition import cuts
 from ktx_jax.sharding.plan import PlacedParameter
 
-Form = Literal["dense", "blocks", "host"]
+Form = Literal["dense", "blocks", "records", "host"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Layout:
     """One parameter on one stage's mesh.
 
     Attributes:
-      form: "dense" float32, "blocks" of a `QuantizedArray`, or "host" for a `HostArray`.
+      form: "dense" float32, "blocks" of a `QuantizedArray`, "records" of a `PlanesArray`, or "host" for a `HostArray`.
       shape: logical, of the whole.
       ggml_type: in memory.
       spec: the mesh axes that cut each dimension.
@@ -56,12 +57,19 @@ class Layout:
             return self.shape
         if self.form == "host":
             return self.cuts
+        if self.form == "records":
+            return self.for_kernels.leaf_shape
         size = GGML_QUANT_SIZES[self.ggml_type][1]
         return (*self.shape[:-1], self.cuts[-1] * self.piece_blocks, size)
 
     @property
+    def for_kernels(self) -> KernelLayout:
+        """The same for the GPU kernels."""
+        return KernelLayout(self.shape, self.ggml_type, self.cuts, self.turned)
+
+    @property
     def dtype(self) -> Any:
-        return {"dense": jnp.float32, "blocks": jnp.uint8, "host": jnp.uint32}[self.form]
+        return {"dense": jnp.float32, "blocks": jnp.uint8, "records": jnp.int32, "host": jnp.uint32}[self.form]
 
     @property
     def sharding(self) -> NamedSharding:
@@ -86,6 +94,8 @@ class Layout:
             return leaf
         if self.form == "blocks":
             return QuantizedArray(leaf, self.ggml_type)
+        if self.form == "records":
+            return PlanesArray(leaf, self.ggml_type)
         *lead, k = (size // parts for size, parts in zip(self.shape, self.cuts, strict=True))
         width = self.piece_blocks * GGML_QUANT_SIZES[self.ggml_type][0] if self.cuts[-1] > 1 else k
         return HostArray(leaf, (*lead, width), self.ggml_type)
@@ -99,12 +109,16 @@ def layout_of(parameter: PlacedParameter, mesh: Mesh, op: str, *, k_b_transposed
     """How a parameter lies for the implementation `op`.
 
     Args:
-      k_b_transposed: whether the file holds k_b as the CPU kernels read it. They go by rows, so one that lies the other
-        way is turned, as float16: blocks cannot be.
+      k_b_transposed: whether the file holds k_b as the kernels read it. They go by rows, so one that lies the other
+        way is turned, for CPUs as float16, for GPUs as bfloat16: blocks cannot be.
     """
     kind, shape, spec = parameter.stored_type, parameter.shape, parameter.spec
     if len(shape) == 1 or (op != "ffi" and parameter.path.endswith(".mlp.gate")):
         return Layout(parameter.path, "dense", shape, kind, spec, mesh)
+    if op == PALLAS and has_kernel(parameter.path, shape):
+        into = kernel_layout(parameter.path, shape, kind, cuts(spec, mesh.shape), k_b_transposed=k_b_transposed)
+        spec = turned_spec(spec) if into.turned else spec
+        return Layout(parameter.path, "records", into.shape, into.ggml_type, spec, mesh, into.turned)
     if op != "ffi":
         return Layout(parameter.path, "blocks", shape, kind, spec, mesh)
     if parameter.path.endswith(".k_b_proj") and not k_b_transposed:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ktx_jax.gguf.reader import GGUF
 from ktx_jax.model.modules import Attention, Cut, DeepseekV2ForCausalLM, HeadLinear, RMSNorm
 from ktx_jax.sharding.devices import HOST
+from ktx_jax.sharding.gpu_kernels import PALLAS, XLA, attention_obstacle
 from ktx_jax.sharding.layout import Layout, layout_of
 from ktx_jax.sharding.mesh import Binding, one_device_mesh, stage_mesh
 from ktx_jax.sharding.plan import PlacedParameter, Plan
@@ -95,8 +96,9 @@ def load_model(
 ) -> Loaded:
     """Reads every parameter: quantized weights as their blocks, norms and routers as float32, onto the plan's devices.
 
-    For "xla" each piece is copied once, from the mapped file to the memory its array lives in. For "ffi" it is
-    repacked once into the CPU kernels' layout; without `repack` the kernels read the mapped file itself.
+    For "xla" each piece is copied once, from the mapped file to the memory its array lives in. For "pallas" its device
+    packs it there. For "ffi" it is repacked once into the CPU kernels' layout; without `repack` the kernels read the
+    mapped file itself.
 
     Args:
       implementations: of the operations that the rules leave open.
@@ -106,7 +108,6 @@ def load_model(
     """
     sources = {p.path: find_source(gguf, plan.config, p.path, p.shape) for p in plan.parameters}
     _report_unused(gguf, plan, list(sources.values()))
-    _report_pallas(plan)
     meshes = [stage_mesh(plan, index, bound) for index in range(len(plan.stages))]
     host = one_device_mesh(bound[HOST])
     layouts = {
@@ -123,12 +124,6 @@ def load_model(
         stage_of(plan, index, mesh, host, implementations, leaves, streams) for index, mesh in enumerate(meshes)
     )
     return Loaded(stages, tuple(reader.host_weights))
-
-
-def _report_pallas(plan: Plan) -> None:
-    asked = sum("pallas" in (p.ops.prefill, p.ops.decode) for p in plan.parameters)
-    if asked:
-        log.warning("the rules give %d parameters to 'pallas', which models do not use yet: XLA computes there", asked)
 
 
 def _streams(
@@ -169,15 +164,11 @@ def abstract_stage(plan: Plan, index: int, mesh: Mesh, host: Mesh, implementatio
 
 
 def op_of(parameter: PlacedParameter, implementations: Implementations, *, decode: bool) -> str:
-    """The implementation that computes with a parameter: the rules', or the run's.
-
-    For "pallas" it is "xla": no model has run with the GPU kernels, and nothing here makes the arrays they take.
-    """
+    """The implementation that computes with a parameter: the plan's, or the run's."""
     default = implementations.host if parameter.devices == (HOST,) else implementations.devices
     # What is streamed for long prompts has its prefill implementation there, and this one otherwise.
     streamed = parameter.prefill_device is not None
-    op = (parameter.ops.decode if decode or streamed else parameter.ops.prefill) or default
-    return "xla" if op == "pallas" else op
+    return (parameter.ops.decode if decode or streamed else parameter.ops.prefill) or default
 
 
 def stage_of(
@@ -222,13 +213,18 @@ def _prepare(model: DeepseekV2ForCausalLM, parameters: dict[str, PlacedParameter
     for key, module in nnx.iter_modules(model):
         path = ".".join(map(str, key))
         if isinstance(module, Attention):
-            module.implementation = op[f"{path}.o_proj"]
+            module.implementation = _attention_op(module, op[f"{path}.o_proj"])
         if isinstance(module, Cut):
             module.cut = parameters[path].spec
         if isinstance(module, RMSNorm):
             module.implementation = op[path]
-        if isinstance(module, HeadLinear) and op[path] == "ffi":
+        if isinstance(module, HeadLinear) and op[path] != XLA:
             module.transposed = False  # see `layout_of`
+
+
+def _attention_op(module: Attention, op: str) -> str:
+    """What computes an attention whose last product `op` does: the plan says where they differ."""
+    return XLA if op == PALLAS and attention_obstacle(module.config) is not None else op
 
 
 def _place(gguf: GGUF, source: Source) -> tuple[str, int]:

@@ -57,11 +57,6 @@ def cuts(spec: Spec, mesh: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(math.prod(mesh[axis] for axis in axes) for axes in spec)
 
 
-def piece_bytes(parameter: Parameter, spec: Spec, mesh: Mapping[str, int]) -> int:
-    """Bytes of the parameter on each device of the mesh, padding of cut super-blocks included."""
-    return stored_bytes(parameter.shape, parameter.stored_type, cuts(spec, mesh))
-
-
 def _check_cuts(
     parameter: Parameter, spec: Spec, choice: Choice, mesh: Mapping[str, int], config: Config, findings: Findings
 ) -> bool:

@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGMLQuantizationType
 
@@ -13,6 +13,8 @@ from ktx_jax.model.config import Config
 from ktx_jax.sharding.choices import Choices, Ops, Spec
 from ktx_jax.sharding.devices import HOST, device_number
 from ktx_jax.sharding.folding import split_layer
+from ktx_jax.sharding.gpu_kernels import PALLAS, XLA, default_implementation, why_not_in, why_not_on
+from ktx_jax.sharding.kernel_ops import Wanted, settle
 from ktx_jax.sharding.memory import (
     CACHE_BYTES,
     Need,
@@ -22,14 +24,17 @@ from ktx_jax.sharding.memory import (
     sum_needs,
     workspace_bytes,
 )
-from ktx_jax.sharding.operators import check_operators, runnable_ops, yielded_notice
+from ktx_jax.sharding.operators import Accelerators, check_operators, filled_ops, runnable_ops, yielded_notice
 from ktx_jax.sharding.parameters import Inventory, Types, inventory
-from ktx_jax.sharding.partition import cuts, partition, piece_bytes
+from ktx_jax.sharding.partition import cuts, partition
 from ktx_jax.sharding.placement import Placement, place
 from ktx_jax.sharding.problems import Findings
 from ktx_jax.sharding.rules import Rules
 from ktx_jax.sharding.runnable import check_layers
 from ktx_jax.sharding.units import units
+
+if TYPE_CHECKING:
+    from ktx_jax.sharding.targets import Target
 
 GPU = "gpu"
 
@@ -45,9 +50,9 @@ class PlacedParameter:
       stage: which computes with it.
       devices: that hold it, each a piece of `nbytes`.
       spec: mesh axes that cut each dimension, () for one that is whole.
-      nbytes: of a piece, padding included.
-      ops: implementations; None leaves the choice to the run.
-      prefill_device: where it is streamed for long prompts, or None.
+      nbytes: of a piece, padding included; of both of its forms where prefill and decode read different ones.
+      ops: implementations; None leaves the choice to the run. Where kernels cannot compute with it, that which does.
+      prefill_device: where it is streamed for long prompts, or None; streamed_bytes: of a piece there.
     """
 
     path: str
@@ -60,6 +65,7 @@ class PlacedParameter:
     nbytes: int
     ops: Ops
     prefill_device: str | None
+    streamed_bytes: int = 0
 
     def partition_spec(self) -> Any:
         """`spec` as a `jax.sharding.PartitionSpec`."""
@@ -120,6 +126,8 @@ class Plan:
         batch: int = 8,
         dtype: str = "bfloat16",
         platform: str = GPU,
+        implementation: str = XLA,
+        no_kernels: str | None = None,
     ) -> "Plan":
         """Resolves rules for a model.
 
@@ -130,18 +138,38 @@ class Plan:
           types: each parameter's ggml type by path (`parameters.file_types`), or the name of a mix (`q4_k_m`).
           context, batch, dtype: tokens of a sequence, sequences at once, "bfloat16" or "float32": the cache's size.
           platform: what `gpu:N` is bound to: "gpu", or "cpu" for virtual devices.
+          implementation: what computes there where rules leave it open: "xla" or "pallas".
+          no_kernels: why "pallas" cannot run there (`gpu_kernels.why_not_on`), or None.
 
         Raises:
           RulesError: everything in the rules that does not suit the model, each with its line.
-          KtxError: an argument is out of range.
+          KtxError: an argument is out of range, or the implementation cannot run.
         """
         findings = Findings()
         model = inventory(config, types)
         choices = rules.choices(model, findings)
-        plan = _build(rules.name, model, choices, findings, context, batch, dtype, platform)
+        no_kernels = no_kernels or why_not_in(dtype)
+        if implementation == PALLAS and (platform != GPU or no_kernels):
+            raise KtxError(f"implementation 'pallas' cannot run: {no_kernels or 'it computes on GPUs'}")
+        there = Accelerators(platform, implementation, no_kernels)
+        plan = _build(rules.name, model, choices, findings, context, batch, dtype, there)
         _check_devices(plan, choices, devices, findings)
         findings.raise_if_any(rules.name)
         return plan.resized(context=context, batch=batch)
+
+    @classmethod
+    def for_target(cls, config: Config, rules: Rules, target: "Target | None", **sizes: Any) -> "Plan":
+        """`from_rules` for devices of kind `target`, where open operations go to what computes there by default.
+
+        Args:
+          target: None for GPUs of which nothing is known.
+          sizes: the other arguments of `from_rules`.
+        """
+        if target is None or target.platform != GPU:
+            return cls.from_rules(config, rules, platform=GPU if target is None else target.platform, **sizes)
+        implementation = default_implementation(target.capability, sizes.get("dtype", "bfloat16"))
+        no_kernels = why_not_on(target.capability)
+        return cls.from_rules(config, rules, implementation=implementation, no_kernels=no_kernels, **sizes)
 
     def resized(self, *, context: int | None = None, batch: int | None = None) -> "Plan":
         """The same plan for other sizes. Raises `KtxError` for a context that the model does not have."""
@@ -204,11 +232,15 @@ class Plan:
             if p.prefill_device is not None:
                 layer, rest = split_layer(p.path)
                 key = (p.prefill_device, rest if layer is None else layer)
-                layers[key] = layers.get(key, 0) + p.nbytes
+                layers[key] = layers.get(key, 0) + p.streamed_bytes
         largest: dict[str, int] = {}
         for (device, _), count in layers.items():
             largest[device] = max(largest.get(device, 0), 2 * count)
         return largest
+
+    def on_xla(self) -> "Plan":
+        """The same plan with XLA as the implementation of everything."""
+        return replace(self, parameters=tuple(replace(p, ops=Ops(XLA, XLA)) for p in self.parameters))
 
     def check(self, memory: int | Sequence[int] | Mapping[str, int]) -> Any:
         """What does not fit into `memory`, by how much, and the smallest changes that would help.
@@ -249,37 +281,43 @@ def check_rules(
     """All that is wrong with rules for a model goes to `findings`; returns notices."""
     model = inventory(config, types)
     choices = rules.choices(model, findings)
-    _build(rules.name, model, choices, findings, 2, 1, "bfloat16", platform)
+    _build(rules.name, model, choices, findings, 2, 1, "bfloat16", Accelerators(platform))
     return choices.notices
 
 
 def _build(
     name: str, model: Inventory, choices: Choices, findings: Findings,
-    context: int, batch: int, dtype: str, platform: str,
+    context: int, batch: int, dtype: str, there: Accelerators,
 ) -> Plan:  # fmt: skip
     placement = place(choices, model, findings)
-    parameters = []
+    specs: dict[str, Spec] = {}
+    wanted: dict[str, Wanted] = {}
     yielded: set[str | None] = set()
     for parameter in model.parameters:
         home, choice = placement.by_path[parameter.path], choices.by_path[parameter.path]
         mesh = choices.mesh if len(home.devices) > 1 else dict.fromkeys(choices.mesh, 1)
         covered = len(home.devices) > 1 and choices.uncovered == "error"
-        spec = partition(parameter, choice, mesh, model.config, covered, findings)
+        spec = specs[parameter.path] = partition(parameter, choice, mesh, model.config, covered, findings)
         if choices.yielding_ops:
-            asked, choice = choice.ops, replace(choice, ops=runnable_ops(choice, home, platform))
+            asked, choice = choice.ops, replace(choice, ops=runnable_ops(choice, home, there))
             yielded |= {asked.decode, asked.prefill} - {choice.ops.decode, choice.ops.prefill, None}
-        check_operators(parameter, choice, home, platform, findings)
+        check_operators(parameter, choice, home, there, findings)
+        wanted[parameter.path] = Wanted(parameter, cuts(spec, mesh), filled_ops(choice.ops, home, there), home.prefill)
+    check_layers(model, placement, specs, choices, findings)
+    settled, notices = settle(wanted, model.config)
+    parameters = []
+    for path, parameter in model.by_path.items():
+        home, spec, (ops, nbytes, streamed) = placement.by_path[path], specs[path], settled[path]
         parameters.append(
             PlacedParameter(
-                parameter.path, parameter.shape, parameter.ggml_type, parameter.stored_type, home.stage, home.devices,
-                spec if len(home.devices) > 1 else ((),) * len(spec), piece_bytes(parameter, spec, mesh), choice.ops,
-                home.prefill,
+                path, parameter.shape, parameter.ggml_type, parameter.stored_type, home.stage, home.devices,
+                spec if len(home.devices) > 1 else ((),) * len(spec), nbytes, ops, home.prefill, streamed,
             )
         )  # fmt: skip
-    check_layers(model, placement, {p.path: p.spec for p in parameters}, choices, findings)
     return Plan(
         name, model.config, dict(choices.mesh), _stages(model, placement), tuple(parameters),
-        context, batch, dtype, choices.prefill_threshold, platform, (*choices.notices, *yielded_notice(yielded)),
+        context, batch, dtype, choices.prefill_threshold, there.platform,
+        (*choices.notices, *yielded_notice(yielded, there), *notices),
     )  # fmt: skip
 
 

@@ -6,16 +6,17 @@ import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ktx_ffi
 import numpy as np
-from gguf import GGMLQuantizationType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from ktx_jax.gguf.blocks import NATIVE_TYPES
 from ktx_jax.gguf.convert import to_q8_0
 from ktx_jax.gguf.reader import GGUF
 from ktx_jax.sharding.granules import piece
 from ktx_jax.sharding.layout import Layout, grid
 from ktx_jax.sharding.sources import Source
+from pallas_kernels.pack import pack
 
 log = logging.getLogger("ktx_jax")
 
@@ -44,16 +45,17 @@ class Reader:
         if layout.form == "dense":
             return _dense(blocks, kind)
         if layout.turned:
-            turned = np.ascontiguousarray(_dense(blocks, kind).swapaxes(1, 2).astype(np.float16))
-            return turned[..., None].view(np.uint8)
+            return _as_floats(_dense(blocks, kind).swapaxes(1, 2), layout.ggml_type)
         if kind == layout.ggml_type:
             return blocks
-        if kind not in NATIVE_TYPES:
+        if layout.ggml_type == GGMLQuantizationType.Q8_0:
             blocks, error = to_q8_0(blocks, kind)
-            with self._lock:
-                self._errors.setdefault(kind.name, {})[source.path] = error
+            if error:
+                with self._lock:
+                    self._errors.setdefault(kind.name, {})[source.path] = error
             return blocks
-        return _dense(blocks, kind)[..., None].view(np.uint8)  # a router that the file does not have in float32
+        # A router that the file does not have in float32, a dense weight for the GPU kernels.
+        return _as_floats(_dense(blocks, kind), layout.ggml_type)
 
     def _piece(self, layout: Layout, whole: np.ndarray, part: tuple[int, ...]) -> np.ndarray:
         """One part of it."""
@@ -63,7 +65,8 @@ class Reader:
         )
         if layout.form == "dense":
             return whole[(*rows, last)]
-        return piece(whole[tuple(rows)], layout.ggml_type, layout.cuts[-1], part[-1])
+        mine = piece(whole[tuple(rows)], layout.ggml_type, layout.cuts[-1], part[-1])
+        return _filled_up(mine, layout) if layout.form == "records" else mine
 
     def _arrays(self, layout: Layout, whole: np.ndarray) -> Any:
         arrays = []
@@ -71,7 +74,8 @@ class Reader:
             value = self._piece(layout, whole, part)
             for device in devices:
                 # Memory that only this array has: a CPU device takes it as it is, others copy from it.
-                arrays.append(jax.device_put(_aligned_copy(value) if device.platform == "cpu" else value, device))
+                array = jax.device_put(_aligned_copy(value) if device.platform == "cpu" else value, device)
+                arrays.append(pack(array, layout.ggml_type.name) if layout.form == "records" else array)
         jax.block_until_ready(arrays)
         return layout.wrap(jax.make_array_from_single_device_arrays(layout.leaf_shape, layout.sharding, arrays))
 
@@ -100,6 +104,19 @@ class Reader:
 def _dense(blocks: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     *lead, nb, size = blocks.shape
     return quants.dequantize(blocks.reshape(*lead, nb * size), kind).astype(np.float32)
+
+
+def _as_floats(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Blocks of one float32, float16 or bfloat16 value."""
+    dtype = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}[kind.name]
+    return np.ascontiguousarray(values.astype(dtype))[..., None].view(np.uint8)
+
+
+def _filled_up(blocks: np.ndarray, layout: Layout) -> np.ndarray:
+    """Blocks of a piece with blocks of zeros after them, up to whole records."""
+    into = layout.for_kernels
+    missing = into.piece_shape[-1] // GGML_QUANT_SIZES[layout.ggml_type][0] - blocks.shape[-2]
+    return np.pad(blocks, [(0, 0)] * (blocks.ndim - 2) + [(0, missing), (0, 0)]) if missing else blocks
 
 
 def _aligned_copy(value: np.ndarray) -> np.ndarray:

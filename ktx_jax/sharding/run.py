@@ -13,6 +13,7 @@ from ktx_jax.gguf.reader import GGUF
 from ktx_jax.model.config import Config
 from ktx_jax.sharding.auto import Sizes, choose_rules
 from ktx_jax.sharding.devices import HOST, device_number
+from ktx_jax.sharding.gpu_kernels import XLA, why_not_on
 from ktx_jax.sharding.parameters import file_types
 from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.rules import Rules
@@ -29,11 +30,14 @@ def plan_run(
     rules: str | os.PathLike[str] | Rules | None,
     devices: Sequence[jax.Device],
     sizes: Sizes,
+    *,
+    implementation: str = XLA,
 ) -> Plan:
     """The plan to load by.
 
     Args:
       rules: a file, `Rules`, "auto", or None for the first device alone.
+      implementation: what computes where rules leave it open; "pallas" is named in the plan.
 
     Raises:
       RulesError: the rules do not suit the model or the devices.
@@ -43,7 +47,13 @@ def plan_run(
     if rules == AUTO:
         if any(device.process_index != devices[0].process_index for device in devices):
             raise KtxError("rules 'auto' are for one process: give a rule file whose mesh spans the devices of all")
-        text = choose_rules(config, types, [free_memory(device, len(devices)) for device in devices], sizes)
+        text = choose_rules(
+            config,
+            types,
+            [free_memory(device, len(devices)) for device in devices],
+            sizes,
+            implementation=implementation,
+        )
         log.info("rules chosen for the devices:\n%s", text)
         rules = Rules.from_text(text, "the rules chosen for these devices")
     elif rules is None:
@@ -54,11 +64,18 @@ def plan_run(
     plan = Plan.from_rules(
         config, rules, devices=len(devices), types=types,
         context=sizes.context, batch=sizes.batch, dtype=sizes.dtype, platform=platform,
+        implementation=implementation, no_kernels=None if platform == "cpu" else why_not_on(capability(devices)),
     )  # fmt: skip
     for notice in plan.notices:
         log.warning("%s", notice)
     _check_memory(plan, devices)
     return plan
+
+
+def capability(devices: Sequence[jax.Device]) -> str | None:
+    """The CUDA compute capability that all of the devices have, as "9.0"; None if they are no such GPUs or differ."""
+    found = {getattr(device, "compute_capability", None) for device in devices}
+    return found.pop() if len(found) == 1 else None
 
 
 def free_memory(device: jax.Device, count: int) -> int:

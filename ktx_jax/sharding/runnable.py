@@ -13,9 +13,10 @@ from ktx_jax.sharding.units import units
 def check_layers(
     model: Inventory, placement: Placement, specs: Mapping[str, Spec], choices: Choices, findings: Findings
 ) -> None:
-    """That each layer's routed experts are cut alike, and that nothing else is streamed."""
+    """That each layer's routed experts are cut and computed alike, and that nothing else is streamed."""
     for unit in units(model):
         for parameter in unit.experts:
+            _check_operators(parameter, f"{unit.path}.{EXPERTS}", choices, findings)
             _check_experts(parameter, f"{unit.path}.{EXPERTS}", specs, choices, findings)
         for parameter in unit.main:
             streamed = placement.by_path[parameter.path].prefill
@@ -41,6 +42,17 @@ def _check_experts(
         "are cut alike, gate and up [E, F, D] as `[e, f]`, down [E, D, F] as `[e, null, f]`",
         parameter.path,
     )
+
+
+def _check_operators(parameter: Parameter, experts: str, choices: Choices, findings: Findings) -> None:
+    """gate, up and down are one operation."""
+    mine, down = choices.by_path[parameter.path], choices.by_path[f"{experts}.down_proj"]
+    if mine.ops != down.ops:
+        findings.add_path(
+            mine.ops_mark,
+            "{path} has another operator than down_proj: a layer's experts are one operation",
+            parameter.path,
+        )
 
 
 def _show(spec: Spec) -> str:

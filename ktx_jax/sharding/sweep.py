@@ -83,7 +83,7 @@ def sweep(
     rows = []
     for table, kind in product(tables, kinds):
         try:
-            plan = Plan.from_rules(config, table, types=types, dtype=dtype, context=2, batch=1, platform=kind.platform)
+            plan = Plan.for_target(config, table, kind, types=types, dtype=dtype, context=2, batch=1)
         except RulesError as error:
             rows.append(SweepRow(table.name, kind.name, error=error.lines[0]))
             continue

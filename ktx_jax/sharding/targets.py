@@ -69,6 +69,11 @@ class Target:
     cuda: Cuda | None = None
 
     @property
+    def capability(self) -> str | None:
+        """Its CUDA compute capability, None where it has none."""
+        return None if self.cuda is None else self.cuda.capability
+
+    @property
     def usable(self) -> int:
         """Bytes that a model can have."""
         return self.memory - self.reserved
