@@ -54,13 +54,13 @@ def _batches(units: list, size: int) -> list[list]:
 def decode_products(
     x: BFloat16[Array, "tiles M K"],
     weights: Sequence[Int32[Array, "E n k rows 64"]],
-    expert: Int32[Array, " tiles"],
+    expert: Int32[Array, " tiles"] | None,
     name: str,
     how: DecodeTiles,
     *,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "tiles N M"], ...]:
-    """x · wᵀ for each weight, tile by tile, where tile i meets the matrix `expert[i]` of each.
+    """x · wᵀ for each weight, tile by tile, where tile i meets the matrix `expert[i]` of each; None for matrix i.
 
     Tiles whose expert is not one of the E are skipped; what is returned for them is meaningless.
 
@@ -103,8 +103,9 @@ def decode_products(
     def body(*refs: Ref) -> None:
         x_g, *rest = refs
         sums_g = [rest.pop(0)] if fmt.minima else []
-        records_g, expert_g = rest[: len(weights)], rest[len(weights)]
-        outs_g, staging = rest[len(weights) + 1 : -1], rest[-1]
+        records_g, rest = rest[: len(weights)], rest[len(weights) :]
+        expert_g = None if expert is None else rest.pop(0)
+        outs_g, staging = rest[:-1], rest[-1]
         tile, block, split = (lax.axis_index(name) for name in ("tile", "block", "split"))
         first = split * steps
 
@@ -138,7 +139,9 @@ def decode_products(
                 plgpu.copy_smem_to_gmem(staging, out_g.at[split, tile, block])
                 plgpu.wait_smem_to_gmem(0)
 
-        if experts == 1 and tiles == 1:
+        if expert_g is None:
+            run(tile)
+        elif experts == 1 and tiles == 1:
             run(0)
         else:
             matrix = expert_g[tile]
@@ -156,5 +159,5 @@ def decode_products(
         grid_names=("tile", "block", "split"),
         scratch_types=[plgpu.SMEM(shape, jnp.float32)],
     )
-    parts = call(*operands, *weights, expert)
+    parts = call(*operands, *weights, *([] if expert is None else [expert]))
     return tuple(part.sum(0).reshape(tiles, blocks * ROWS, m) for part in parts)

@@ -8,8 +8,9 @@ from jaxtyping import Array, BFloat16, Float, Int, Int32
 from pallas_kernels.decode_matmul import decode_products
 from pallas_kernels.formats import format_of
 from pallas_kernels.groups import group_pairs, pairs_of_one_token
-from pallas_kernels.heuristics import DECODE_ROWS, decode_tiles, group_rows
+from pallas_kernels.heuristics import DECODE_ROWS, decode_rows, decode_tiles, group_rows, prefill_rows
 from pallas_kernels.prefill_matmul import prefill_products
+from pallas_kernels.quantized_matmul import row_tiles
 from pallas_kernels.unpack import dequantize
 
 
@@ -40,6 +41,53 @@ def grouped_mlp_reference(
     out = jnp.einsum("tef,edf->ted", _silu(gate_x) * up_x, dequantize(down, names[1]), precision="highest")
     share = jnp.einsum("tk,tke->te", weights, jax.nn.one_hot(ids, gate.shape[0]))
     return jnp.einsum("ted,te->td", out, share, precision="highest")
+
+
+def gated_matmul(
+    x: Float[Array, "T D"],
+    gate: Int32[Array, "f d rows 64"],
+    up: Int32[Array, "f d rows 64"],
+    name: str,
+    *,
+    interpret: bool = False,
+) -> BFloat16[Array, "T F"]:
+    """silu(gate x) * (up x) of one MLP, as `grouped_mlp` has it of many: rows are read once for both weights.
+
+    Args:
+      gate, up: records of type `name` of `[F, D]`.
+      interpret: run in JAX's CPU interpreter of Mosaic kernels.
+
+    Raises `NotImplementedError` for rows that are not bfloat16, and types without records.
+    """
+    fmt = format_of(name)
+    width, d = fmt.weight_shape(gate.shape)
+    tokens = x.shape[0]
+    if x.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"gated_matmul takes bfloat16 rows, not {x.dtype}")
+    if x.shape[1] != d or up.shape != gate.shape:
+        raise ValueError(f"rows {x.shape} and up {fmt.weight_shape(up.shape)} do not go with gate {(width, d)}")
+    rows = decode_rows(tokens) if tokens <= DECODE_ROWS else prefill_rows(tokens, 2)
+    tiles = row_tiles(x, rows)
+    pair, matrix = (gate[None], up[None]), jnp.zeros(tiles.shape[0], jnp.int32)
+    hidden = _gated(tiles, pair, matrix, name, interpret)
+    return hidden.reshape(-1, width)[:tokens]
+
+
+def _gated(
+    x: BFloat16[Array, "tiles M D"],
+    pair: tuple[Int32[Array, "E f d rows 64"], Int32[Array, "E f d rows 64"]],
+    expert: Int32[Array, " tiles"],
+    name: str,
+    interpret: bool,
+) -> BFloat16[Array, "tiles M F"]:
+    """silu(gate x) * (up x), tile by tile."""
+    tiles, rows, d = x.shape
+    if rows > DECODE_ROWS:
+        return prefill_products(x, pair, expert, name, interpret=interpret)
+    fmt = format_of(name)
+    how = decode_tiles(fmt, rows, tiles, fmt.weight_shape(pair[0].shape)[1], d, 2)
+    gate_x, up_x = decode_products(x, pair, expert, name, how, interpret=interpret)
+    return (_silu(gate_x) * up_x).astype(jnp.bfloat16).transpose(0, 2, 1)
 
 
 def grouped_mlp(
@@ -87,17 +135,12 @@ def grouped_mlp(
     # A row without a pair reads the last token: nothing will read what it gives.
     x_rows = x[jnp.minimum(groups.pair // k, tokens - 1)].reshape(-1, rows, d)
     tiles = x_rows.shape[0]
+    hidden = _among(_gated(x_rows, (gate, up), groups.expert, names[0], interpret), inputs, offset)
     if rows <= DECODE_ROWS:
-        how = decode_tiles(gate_fmt, rows, tiles, width, d, 2)
-        gate_x, up_x = decode_products(x_rows, (gate, up), groups.expert, names[0], how, interpret=interpret)
-        hidden = (_silu(gate_x) * up_x).astype(jnp.bfloat16).transpose(0, 2, 1)
-        hidden = _among(hidden, inputs, offset)
         how = decode_tiles(down_fmt, rows, tiles, d, inputs, 1)
         (out,) = decode_products(hidden, (down,), groups.expert, names[1], how, interpret=interpret)
         out = out.transpose(0, 2, 1)
     else:
-        hidden = prefill_products(x_rows, (gate, up), groups.expert, names[0], interpret=interpret)
-        hidden = _among(hidden, inputs, offset)
         out = prefill_products(hidden, (down,), groups.expert, names[1], interpret=interpret)
     by_pair = out.reshape(-1, d).at[groups.place].get(mode="fill", fill_value=0).reshape(tokens, k, d)
     return jnp.einsum("tk,tkd->td", weights.astype(jnp.float32), by_pair.astype(jnp.float32), precision="highest")

@@ -3,7 +3,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels.decode_matmul import decode_products
@@ -83,11 +82,11 @@ def batched_matmul(
     tiles = jax.vmap(lambda head: row_tiles(head, rows), in_axes=1)(x)  # [H, tiles, rows, K]
     each = tiles.shape[1]
     tiles = tiles.reshape(heads * each, rows, k)
-    matrices = np.repeat(np.arange(heads, dtype=np.int32), each)  # a constant: computed, it would be a kernel
     if few:
         how = decode_tiles(fmt, rows, heads, n, k, 1)
-        (out,) = decode_products(tiles, (weight,), jnp.asarray(matrices), name, how, interpret=interpret)
+        (out,) = decode_products(tiles, (weight,), None, name, how, interpret=interpret)
         out = out.transpose(0, 2, 1).astype(jnp.bfloat16)
     else:
-        out = prefill_products(tiles, (weight,), jnp.asarray(matrices), name, interpret=interpret)
+        matrices = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), each)
+        out = prefill_products(tiles, (weight,), matrices, name, interpret=interpret)
     return out.reshape(heads, each * rows, n)[:, :tokens].transpose(1, 0, 2)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -76,10 +77,10 @@ def loaded(gguf: GGUF, plan: Plan) -> Loaded:
     return load_model(gguf, plan, bind(plan, jax.devices("cpu")), implementations=Implementations("xla", "xla"))
 
 
-def logits(gguf: GGUF, config: Config, plan: Plan) -> np.ndarray:
+def logits(gguf: GGUF, config: Config, plan: Plan, dtype: Any = jnp.bfloat16) -> np.ndarray:
     """After each of a prompt's 20 tokens, in two tiles of which one is not full, and after a token that follows."""
     limits = Limits(64, 2, page=64, chunk=32, tile=16)
-    steps = Steps(config, loaded(gguf, plan), limits, dtype=jnp.bfloat16)
+    steps = Steps(config, loaded(gguf, plan), limits, dtype=dtype)
     tokens = np.random.default_rng(1).integers(0, VOCAB, (1, 33)).astype(np.int32)
     at = np.arange(32, dtype=np.int32)[None]
     table = np.array([[[1], [0]]], np.int32)
@@ -106,6 +107,11 @@ def _experts_reference(x, ids, weights, gate, up, down, names, *, offset=0):
     return jnp.einsum("ted,tk,tke->td", out, weights, jax.nn.one_hot(ids, gate.shape[0]), precision="highest")
 
 
+def _gated_reference(x, gate, up, name):
+    g, u = (quantized_matmul.quantized_matmul_reference(x, w, name) for w in (gate, up))
+    return (jax.nn.silu(g) * u).astype(x.dtype)
+
+
 def _attention_reference(*operands, scale, tile):
     return mla_attention.mla_attention_reference(*operands, scale)
 
@@ -117,6 +123,7 @@ def references():
         mock.patch.object(quantized_matmul, "quantized_matmul", _matmul_reference),
         mock.patch.object(quantized_matmul, "batched_matmul", _batched_reference),
         mock.patch.object(grouped_matmul, "grouped_mlp", _experts_reference),
+        mock.patch.object(grouped_matmul, "gated_matmul", _gated_reference),
         mock.patch.object(mla_attention, "mla_attention", _attention_reference),
     ):
         yield
@@ -129,6 +136,7 @@ def interpreted():
         (quantized_matmul, "quantized_matmul"),
         (quantized_matmul, "batched_matmul"),
         (grouped_matmul, "grouped_mlp"),
+        (grouped_matmul, "gated_matmul"),
         (mla_attention, "mla_attention"),
     )
     before = [getattr(module, name) for module, name in kernels]

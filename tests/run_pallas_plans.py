@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
+import jax.numpy as jnp
 from golden_models import relative_error
 from pallas_models import loaded, logits, plan_of, references, write_tiny
 
@@ -38,7 +39,8 @@ CASES = {
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, open_gguf(write_tiny(Path(folder, "tiny.gguf"))) as gguf:
         config = config_from_gguf(gguf.metadata, gguf.tensors, file="tiny")
-        want = logits(gguf, config, plan_of(gguf, config).on_xla())
+        on_xla = plan_of(gguf, config).on_xla()
+        exact, near = (logits(gguf, config, on_xla, dtype) for dtype in (jnp.float32, jnp.bfloat16))
         for case, text in CASES.items():
             plan = plan_of(gguf, config, Rules.from_text(text, case))
             with references():
@@ -50,7 +52,8 @@ def main() -> None:
             )  # fmt: skip
             line = {
                 "case": case,
-                "error": relative_error(want, got),
+                "error": relative_error(exact, got),
+                "error of xla": relative_error(exact, near),
                 "on kernels": sum(p.ops.decode == "pallas" for p in plan.parameters),
                 "planned": plan.needs["gpu:0"].weights,
                 "live": live,

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -67,18 +68,24 @@ def weights(gguf, plan: Plan, decode: bool = True) -> dict:
     return {".".join(map(str, key[:-1])): leaf.get_value() for key, leaf in flat}
 
 
+def check(gguf, config, plan: Plan, got: np.ndarray) -> None:
+    """As near to the exact logits as XLA's own bfloat16 path is."""
+    exact, near = (logits(gguf, config, plan.on_xla(), dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    assert relative_error(exact, got) < 1.3 * relative_error(exact, near) < 4e-2
+
+
 @pytest.mark.slow
 def test_a_whole_model_in_the_interpreter(opened):
     gguf, config = opened()
     plan = plan_of(gguf, config)
     assert plan.notices == ()
-    want = logits(gguf, config, plan.on_xla())
     with interpreted(), interpreter():
         got = logits(gguf, config, plan)
     assert np.isfinite(got).all()
-    assert relative_error(want, got) < 2e-2
+    check(gguf, config, plan, got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "notices"),
     [
@@ -95,10 +102,9 @@ def test_a_model_on_the_kernels_answers_as_on_xla(opened, options, notices):
     for said in notices:
         assert any(notice.startswith(said) for notice in plan.notices), plan.notices
     assert len(plan.notices) == len(notices)
-    want = logits(gguf, config, plan.on_xla())
     with references():
         got = logits(gguf, config, plan)
-    assert relative_error(want, got) < 2e-2
+    check(gguf, config, plan, got)
 
 
 def test_what_is_loaded_is_what_the_plan_says(opened):
@@ -241,7 +247,7 @@ def test_models_cut_over_four_devices():
     found = {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
     assert set(found) == {"experts and width", "width inside super-blocks"}
     for line in found.values():
-        assert line["error"] < 2e-2
+        assert line["error"] < 1.3 * line["error of xla"] < 4e-2
         assert line["on kernels"] > 20
         assert line["planned"] == line["live"]
 

@@ -22,6 +22,7 @@ def _interpreted(monkeypatch):
         (quantized_matmul, "quantized_matmul"),
         (quantized_matmul, "batched_matmul"),
         (grouped_matmul, "grouped_mlp"),
+        (grouped_matmul, "gated_matmul"),
         (mla_attention, "mla_attention"),
     ):
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
@@ -71,6 +72,17 @@ def test_experts_of_a_model():
     other = PlanesArray(up.records, T.Q5_K)
     with pytest.raises(NotImplementedError, match="not Q4_K and Q5_K"):
         ops.experts(x, ids, weights, gate, other, down)
+
+
+def test_a_gated_mlp_of_a_model():
+    rng = np.random.default_rng(5)
+    (gate, gate_b), (up, up_b) = (_both(T.Q4_K, (128, 256), rng) for _ in range(2))
+    down, down_b = _both(T.Q8_0, (256, 128), rng)
+    for rows in (3, 20):
+        x = random_rows((rows, 256), rng) * jnp.bfloat16(0.1)
+        with interpreter():
+            out = ops.swiglu(x, gate, up, down)
+        assert relative_error(out, ops.swiglu(x, gate_b, up_b, down_b)) < 2e-2
 
 
 def test_attention_of_a_model():

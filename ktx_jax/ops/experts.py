@@ -26,7 +26,12 @@ def swiglu(
     if isinstance(gate, HostArray) and isinstance(up, HostArray) and isinstance(down, HostArray):
         handles = (gate.handles, up.handles, down.handles)
         return ktx_ffi.mlp(x, *handles, offset=None if down.shape[1] == gate.shape[0] else offset)
-    hidden = jax.nn.silu(matmul(x, gate)) * matmul(x, up)
+    if isinstance(gate, PlanesArray) and isinstance(up, PlanesArray) and gate.ggml_type == up.ggml_type:
+        from pallas_kernels.grouped_matmul import gated_matmul  # it takes a second
+
+        hidden = gated_matmul(x, gate.records, up.records, gate.ggml_type.name)
+    else:
+        hidden = jax.nn.silu(matmul(x, gate)) * matmul(x, up)
     return matmul(into_blocks(hidden, down.shape[1], offset), down)
 
 
