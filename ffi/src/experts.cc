@@ -77,7 +77,7 @@ class ExpertsRun {
         first_(first),
         tokens_(tokens),
         plan_(kernels_, call.ids + first * call.top_k, call.weights + first * call.top_k, tokens, call.top_k,
-              call.gate.lead),
+              call.gate.lead, call.precise ? 2 : 1),
         gate_in_(call.gate.type->type, call.gate.k),
         up_in_(call.up.type->type, call.up.k),
         hidden_(call.down.type->type, call.down.k) {}
@@ -114,20 +114,32 @@ class ExpertsRun {
  private:
   const Tile& tile(int64_t i) const { return plan_.tiles[static_cast<size_t>(i)]; }
 
+  // Rows of the kernel for a row.
+  int each() const { return call_.precise ? 2 : 1; }
+
+  // Row m of a tile: k columns of `acts` that begin at the tile's first.
+  void quantize(const Activations& acts, const ActTile& out, int padded, int m, const float* row, int64_t k,
+                float* lost) const {
+    if (call_.precise) {
+      acts.quantize_twice(kernels_, out, padded, 2 * m, row, k, lost);
+    } else {
+      kernels_.quantize(acts.format(), row, k, out, padded, m);
+    }
+  }
+
   void quantize_inputs(bool one_input) {
     const int64_t d = call_.gate.k;
     const InputRows x{call_.x, call_.x_bf16, d};
     const auto one_tile = [&](int64_t i) {
-      float* buffer =
-          x.bf16 ? reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, static_cast<size_t>(d) * 4)) : nullptr;
+      float* buffer = reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, static_cast<size_t>(d) * 2 * sizeof(float)));
       for (int m = 0; m < tile(i).rows; ++m) {
         const int64_t token = plan_.token[static_cast<size_t>(tile(i).first + m)];
         const float* row = x.row(first_ + token, d, buffer);
-        gate_in_.quantize(kernels_, tile(i), m, row);
-        if (!one_input) up_in_.quantize(kernels_, tile(i), m, row);
-        if (m + 1 < tile(i).rows) continue;
-        gate_in_.pad(kernels_, tile(i), tile(i).rows, row);
-        if (!one_input) up_in_.pad(kernels_, tile(i), tile(i).rows, row);
+        for (const Activations* in : {&gate_in_, &up_in_}) {
+          if (in == &up_in_ && one_input) continue;
+          quantize(*in, in->tile(tile(i)), tile(i).padded, m, row, d, buffer + d);
+          if (m + 1 == tile(i).rows) in->pad(kernels_, tile(i), each() * tile(i).rows, row);
+        }
       }
     };
     const int64_t count = static_cast<int64_t>(plan_.tiles.size());
@@ -138,12 +150,14 @@ class ExpertsRun {
     }
   }
 
-  // One panel of gate or up times the tiles of a block, into out [rows of the block, 16]; `next` is read after it.
+  // One panel of gate or up times the tiles of a block, into out [padded rows of the block, 16], of which a tile's rows
+  // come first; `next` is read after it.
   void project(const Weights& w, const Activations& in, const TileBlock& b, int64_t panel, const uint8_t* next,
                float* out) const {
     const uint8_t* data = w.panel(b.expert, panel);
     for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
       kernels_.panel(w.type->type, tile(t).padded)(data, next, w.kernel_k(), in.tile(tile(t)), out, kPanelRows);
+      if (call_.precise) add_pairs(out, tile(t).rows);
       out += tile(t).padded * kPanelRows;
     }
   }
@@ -179,10 +193,13 @@ class ExpertsRun {
 
   // Quantizes columns [begin, begin + n) of a block's hidden values, padding included.
   void quantize_hidden(const TileBlock& b, int64_t begin, int64_t n, const float* values, int64_t ld) const {
-    for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
+    alignas(64) float lost[kColumns];
+    for (int64_t t = b.tile_first; t < b.tile_last; values += tile(t).padded * ld, ++t) {
       const ActTile out = hidden_.columns(tile(t), begin);
-      for (int m = 0; m < tile(t).padded; ++m, values += ld) {
-        kernels_.quantize(hidden_.format(), values, n, out, tile(t).padded, m);
+      const int padded = tile(t).padded;
+      for (int m = 0; m < tile(t).rows; ++m) quantize(hidden_, out, padded, m, values + m * ld, n, lost);
+      for (int m = each() * tile(t).rows; m < padded; ++m) {
+        kernels_.quantize(hidden_.format(), values, n, out, padded, m);
       }
     }
   }
@@ -249,6 +266,7 @@ class ExpertsRun {
         for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
           kernels_.panel(w.type->type, tile(t).padded)(data, next, w.kernel_k(), hidden_.tile(tile(t)), products,
                                                        kPanelRows);
+          if (call_.precise) add_pairs(products, tile(t).rows);
           const size_t row = static_cast<size_t>(tile(t).first);
           kernels_.add_rows(products, tile(t).rows, &plan_.weight[row], &plan_.token[row],
                             sums + (panel - first) * kPanelRows, ld);

@@ -37,13 +37,12 @@ void quantize_all(const Problem& p, const InputRows& x) {
     float* buffer = reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, 2 * bytes));
     for (int m = 0; m < tile.rows; ++m) {
       const float* row = x.row((tile.first + m) * p.w.lead + lead_index, p.w.k, buffer);
-      const int at = p.precise ? 2 * m : m;
-      p.acts.quantize(p.kernels, tile, at, row);
       if (p.precise) {
-        p.kernels.residual(p.acts.format(), row, p.w.k, p.acts.tile(tile), tile.padded, at, buffer + p.w.k);
-        p.acts.quantize(p.kernels, tile, at + 1, buffer + p.w.k);
+        p.acts.quantize_twice(p.kernels, tile, 2 * m, row, buffer + p.w.k);
+      } else {
+        p.acts.quantize(p.kernels, tile, m, row);
       }
-      if (m + 1 == tile.rows) p.acts.pad(p.kernels, tile, at + (p.precise ? 2 : 1), row);
+      if (m + 1 == tile.rows) p.acts.pad(p.kernels, tile, (p.precise ? 2 : 1) * tile.rows, row);
     }
   };
   const int64_t count = static_cast<int64_t>(p.tiles.size());
@@ -51,15 +50,6 @@ void quantize_all(const Problem& p, const InputRows& x) {
     for (int64_t i = 0; i < count; ++i) one_tile(i);
   } else {
     parallel_for(count, one_tile);
-  }
-}
-
-// Row m of a tile's products becomes the sum of rows 2m and 2m + 1.
-void add_pairs(float* block, int rows) {
-  for (int m = 0; m < rows; ++m) {
-    for (int j = 0; j < kPanelRows; ++j) {
-      block[m * kPanelRows + j] = block[2 * m * kPanelRows + j] + block[(2 * m + 1) * kPanelRows + j];
-    }
   }
 }
 
