@@ -105,7 +105,7 @@ class ExpertsRun {
       const std::vector<HiddenUnit> list = hidden_units(blocks_, column_blocks);
       parallel_for(units, [&](int64_t i) {
         const HiddenUnit& unit = list[static_cast<size_t>(i)];
-        hidden_values(blocks_[unit.block], unit.part);
+        hidden_values(blocks_[unit.block], unit.part, first_panel(list, i + 1, kColumns));
       });
     }
     output();
@@ -163,8 +163,8 @@ class ExpertsRun {
   }
 
   // Columns [begin, end) of `down`'s input, for a block of tiles; row r of the block goes to out + r * ld. They are
-  // silu(gate) * up, with zeros before and behind where `down` is wider.
-  void gated(const TileBlock& b, int64_t begin, int64_t end, float* out, int64_t ld) const {
+  // silu(gate) * up, with zeros before and behind where `down` is wider. `next` is read after that.
+  void gated(const TileBlock& b, int64_t begin, int64_t end, const uint8_t* next, float* out, int64_t ld) const {
     const int64_t rows = padded_rows(b);
     const int64_t first = std::clamp(call_.offset, begin, end);
     const int64_t last = std::clamp(call_.offset + call_.gate.n, first, end);
@@ -178,13 +178,21 @@ class ExpertsRun {
       const int64_t panel = (c - call_.offset) / kPanelRows;
       const bool more = c + kPanelRows < last;
       project(call_.gate, gate_in_, b, panel, call_.up.panel_address(b.expert, panel), gate);
-      project(call_.up, up_in_, b, panel, more ? call_.gate.panel_address(b.expert, panel + 1) : nullptr, up);
+      project(call_.up, up_in_, b, panel, more ? call_.gate.panel_address(b.expert, panel + 1) : next, up);
       kernels_.silu_mul(gate, up, rows * kPanelRows, gate);
       const size_t columns = static_cast<size_t>(std::min<int64_t>(kPanelRows, last - c));
       for (int64_t r = 0; r < rows; ++r) {
         std::memcpy(out + r * ld + (c - begin), gate + r * kPanelRows, columns * sizeof(float));
       }
     }
+  }
+
+  // Of gate, what unit i begins with; nullptr behind the last.
+  const uint8_t* first_panel(const std::vector<HiddenUnit>& units, int64_t i, int64_t columns) const {
+    if (i == static_cast<int64_t>(units.size())) return nullptr;
+    const HiddenUnit& unit = units[static_cast<size_t>(i)];
+    const int64_t first = std::max<int64_t>(0, unit.part * columns - call_.offset) / kPanelRows;
+    return call_.gate.panel_address(blocks_[unit.block].expert, std::min(first, call_.gate.panels_per_lead()));
   }
 
   int64_t padded_rows(const TileBlock& b) const {
@@ -204,12 +212,12 @@ class ExpertsRun {
     }
   }
 
-  void hidden_values(const TileBlock& b, int64_t column_block) const {
+  void hidden_values(const TileBlock& b, int64_t column_block, const uint8_t* next) const {
     const int64_t begin = column_block * kColumns;
     const int64_t end = std::min(begin + kColumns, call_.down.k);
     const size_t bytes = static_cast<size_t>(padded_rows(b) * kColumns) * sizeof(float);
     float* values = reinterpret_cast<float*>(thread_memory(ThreadSlot::kHidden, bytes));
-    gated(b, begin, end, values, kColumns);
+    gated(b, begin, end, next, values, kColumns);
     quantize_hidden(b, begin, end - begin, values, kColumns);
   }
 
@@ -227,7 +235,8 @@ class ExpertsRun {
       const int64_t part = unit.part;
       const int64_t column_block = part / kPartsPerBlock;
       float* rows = values + tile(b.tile_first).offset * k;
-      gated(b, part * kFewColumns, std::min((part + 1) * kFewColumns, k), rows + part * kFewColumns, k);
+      gated(b, part * kFewColumns, std::min((part + 1) * kFewColumns, k), first_panel(units, i + 1, kFewColumns),
+            rows + part * kFewColumns, k);
       const int64_t begin = column_block * kColumns;
       const int64_t end = std::min(begin + kColumns, k);
       const int all = static_cast<int>((end - begin + kFewColumns - 1) / kFewColumns);
@@ -242,7 +251,9 @@ class ExpertsRun {
   void output() const {
     const int64_t panels = call_.down.panels_per_lead();
     const int64_t fitting = kOutputBytes / (tokens_ * kPanelRows * static_cast<int64_t>(sizeof(float)));
-    const int64_t chunk = std::clamp<int64_t>(std::min(fitting, panels / (8 * threads())), 1, 8);
+    // Few rows stay in the cache from panel to panel: then small units, so that no thread waits long for another.
+    const int64_t units = plan_.padded_rows * call_.down.k <= kBlockBytes ? 32 : 8;
+    const int64_t chunk = std::clamp<int64_t>(std::min(fitting, panels / (units * threads())), 1, 8);
     const std::vector<TileBlock> blocks = block_tiles(plan_, row_bytes(call_.down));
     parallel_for((panels + chunk - 1) / chunk,
                  [&](int64_t unit) { output_columns(blocks, unit * chunk, std::min((unit + 1) * chunk, panels)); });
@@ -262,7 +273,7 @@ class ExpertsRun {
         const uint8_t* data = w.panel(b.expert, panel);
         const uint8_t* next = panel + 1 < last          ? w.panel_address(b.expert, panel + 1)
                               : i + 1 < blocks.size() ? w.panel_address(blocks[i + 1].expert, first)
-                                                      : nullptr;
+                                                      : w.panel_address(blocks[0].expert, last);
         for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
           kernels_.panel(w.type->type, tile(t).padded)(data, next, w.kernel_k(), hidden_.tile(tile(t)), products,
                                                        kPanelRows);

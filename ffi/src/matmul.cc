@@ -59,7 +59,7 @@ void multiply(const Problem& p, int64_t lead_index, int64_t first, int64_t last,
   alignas(64) float block[kMaxTileRows * kPanelRows];
   for (int64_t i = first; i < last; ++i) {
     const uint8_t* panel = p.w.panel(lead_index, i);
-    const uint8_t* next = i + 1 < last ? p.w.panel_address(lead_index, i + 1) : nullptr;
+    const uint8_t* next = p.w.panel_address(lead_index, i + 1);  // the thread's next unit, as a rule, if not of this one
     const int64_t columns = std::min<int64_t>(kPanelRows, p.w.n - i * kPanelRows);
     for (int64_t t = tile_first; t < tile_last; ++t) {
       const Tile& tile = p.tiles[static_cast<size_t>(lead_index * p.tiles_per_lead + t)];
