@@ -15,6 +15,7 @@ from flax import nnx
 from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.requests import SamplingParams
 from ktx_jax.engine.scheduler import Limits
+from ktx_jax.engine.stage import Dtypes
 from ktx_jax.engine.step import Steps
 from ktx_jax.gguf.random_blocks import random_pieces
 from ktx_jax.presets import Shape, preset_config
@@ -143,7 +144,12 @@ class Speed:
 def measure(plan: Plan, model: Loaded, run: Run) -> Speed:
     """Of a run after one that compiled everything: through the engine, from token to token as a user has it."""
     limits = Limits(plan.context, run.batch, chunk=min(plan.chunk, run.prompt), tile=16, growth=4)
-    engine = Engine(plan.config, Steps(plan.config, model, limits, dtype=jnp.bfloat16), limits, eos_ids=frozenset())
+    engine = Engine(
+        plan.config,
+        Steps(plan.config, model, limits, dtypes=Dtypes(jnp.bfloat16, jnp.bfloat16)),
+        limits,
+        eos_ids=frozenset(),
+    )
     params = SamplingParams(max_tokens=run.reply, temperature=0, ignore_eos=True)
     speed = Speed(0.0, 0.0)
     for repeat in range(2):

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as T
 
 from ktx_jax import presets
 from ktx_jax.engine.scheduler import Limits
+from ktx_jax.engine.stage import Dtypes
 from ktx_jax.engine.step import Steps, whole_logits
 from ktx_jax.gguf.random_blocks import random_pieces
 from ktx_jax.gguf.reader import GGUF
@@ -80,7 +81,7 @@ def loaded(gguf: GGUF, plan: Plan) -> Loaded:
 def logits(gguf: GGUF, config: Config, plan: Plan, dtype: Any = jnp.bfloat16) -> np.ndarray:
     """After each of a prompt's 20 tokens, in two tiles of which one is not full, and after a token that follows."""
     limits = Limits(64, 2, page=64, chunk=32, tile=16)
-    steps = Steps(config, loaded(gguf, plan), limits, dtype=dtype)
+    steps = Steps(config, loaded(gguf, plan), limits, dtypes=Dtypes(dtype, dtype))
     tokens = np.random.default_rng(1).integers(0, VOCAB, (1, 33)).astype(np.int32)
     at = np.arange(32, dtype=np.int32)[None]
     table = np.array([[[1], [0]]], np.int32)

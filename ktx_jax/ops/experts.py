@@ -25,7 +25,8 @@ def swiglu(
     """
     if isinstance(gate, HostArray) and isinstance(up, HostArray) and isinstance(down, HostArray):
         handles = (gate.handles, up.handles, down.handles)
-        return ktx_ffi.mlp(x, *handles, offset=None if down.shape[1] == gate.shape[0] else offset)
+        placed = None if down.shape[1] == gate.shape[0] else offset
+        return ktx_ffi.mlp(x, *handles, offset=placed, precise=down.precise)
     if isinstance(gate, PlanesArray) and isinstance(up, PlanesArray) and gate.ggml_type == up.ggml_type:
         from pallas_kernels.grouped_matmul import gated_matmul  # it takes a second
 
@@ -93,9 +94,8 @@ def experts(
     """
     if isinstance(gate, HostArray) and isinstance(up, HostArray) and isinstance(down, HostArray):
         handles = (gate.handles, up.handles, down.handles)
-        return ktx_ffi.experts(
-            x, ids, weights, *handles, offset=None if down.shape[2] == gate.shape[1] else offset
-        )  # fmt: skip
+        placed = None if down.shape[2] == gate.shape[1] else offset
+        return ktx_ffi.experts(x, ids, weights, *handles, offset=placed, precise=down.precise)
     if isinstance(gate, jax.Array) and isinstance(up, jax.Array) and isinstance(down, jax.Array):
         return _all_experts(x, ids, weights, gate, up, down)
     if isinstance(gate, PlanesArray) and isinstance(up, PlanesArray) and isinstance(down, PlanesArray):
