@@ -95,9 +95,9 @@ class LLM:
       cache_tokens: how many tokens the cache holds, at least one context; None for `batch` whole contexts. With fewer,
         sequences that do not fit together give way to older ones and are computed anew.
       dtype: "float32" (exact) or "bfloat16", of activations and cache. Weights stay as the file has them.
-      implementation: of the heavy operations: "xla" is exact and runs everywhere, "ffi" is fast on CPUs, "pallas" is for
-        Hopper GPUs, in bfloat16. None takes the fast one where it runs. With "ffi", activations become integers where
-        they meet quantized weights: of 8 bits, or of 15 with `dtype="float32"`, for up to twice the time; between
+      implementation: of the heavy operations: "xla" is exact and runs everywhere, "ffi" is fast on CPUs, "pallas" is
+        for Hopper GPUs, in bfloat16. None takes the fast one where it runs. With "ffi", activations become integers
+        where they meet quantized weights: of 8 bits, or of 15 with `dtype="float32"`, for up to twice the time; between
         operations they are float32 with either.
       override: metadata values laid over the file's, e.g. `{"expert_group_count": 4}`.
       rules: which part lies on which device and how it is cut: a rule file, `Rules`, or "auto", which splits the layers

@@ -114,8 +114,8 @@ class Layout:
 def layout_of(plan: Plan, parameter: PlacedParameter, mesh: Mesh, op: str) -> Layout:
     """How a parameter of the plan lies for the implementation `op`.
 
-    The kernels read k_b by rows: one that lies the other way is turned, for CPUs as float16, for GPUs as bfloat16, since
-    blocks cannot be.
+    The kernels read k_b by rows: one that lies the other way is turned, for CPUs as float16, for GPUs as bfloat16,
+    since blocks cannot be.
     """
     kind, shape, spec = parameter.stored_type, parameter.shape, parameter.spec
     if len(shape) == 1 or (op != "ffi" and parameter.path.endswith(".mlp.gate")):
