@@ -252,7 +252,7 @@ class ExpertsRun {
     const int64_t panels = call_.down.panels_per_lead();
     const int64_t fitting = kOutputBytes / (tokens_ * kPanelRows * static_cast<int64_t>(sizeof(float)));
     // Few rows stay in the cache from panel to panel: then small units, so that no thread waits long for another.
-    const int64_t units = plan_.padded_rows * call_.down.k <= kBlockBytes ? 32 : 8;
+    const int64_t units = plan_.padded_rows * call_.down.k <= kBlockBytes ? 16 : 8;
     const int64_t chunk = std::clamp<int64_t>(std::min(fitting, panels / (units * threads())), 1, 8);
     const std::vector<TileBlock> blocks = block_tiles(plan_, row_bytes(call_.down));
     parallel_for((panels + chunk - 1) / chunk,
