@@ -24,16 +24,15 @@ COMMON = r"""
   - {match: '.*norm|.*\.(kv_a_proj_with_mqa|mlp\.gate)|model\.embed_tokens', shard: replicate}
   - {match: '.*\.mlp\.experts\.(gate|up)_proj', shard: [EXPERT, tensor]}
   - {match: '.*\.mlp\.experts\.down_proj', shard: [EXPERT, null, tensor]}
-  - {match: '.*\.q_proj|.*\.[kv]_b_proj', shard: [tensor], replicate: [REST]}
-  - {match: '.*\.o_proj|.*\.down_proj', shard: [null, tensor], replicate: [REST]}
-  - {match: '.*', shard: [tensor], replicate: [REST]}
+  - {match: '.*\.q_proj|.*\.[kv]_b_proj', shard: [tensor], replicate: expert}
+  - {match: '.*\.o_proj|.*\.down_proj', shard: [null, tensor], replicate: expert}
+  - {match: '.*', shard: [tensor], replicate: expert}
 """
 CASES = {
-    "experts and width": "mesh: {expert: 2, tensor: 2}\nrules:"
-    + COMMON.replace("EXPERT", "expert").replace("REST", "expert"),
-    "width inside super-blocks": "mesh: {data: 2, tensor: 2}\nrules:"
-    + COMMON.replace("EXPERT", "null").replace("REST", ""),
+    "experts and width": "mesh: {expert: 2, tensor: 2}\nrules:" + COMMON.replace("EXPERT", "expert"),
+    "width alone": "mesh: {tensor: 2}\nrules:" + COMMON.replace("EXPERT", "null").replace(", replicate: expert", ""),
 }
+"""Down's rows are cut inside super-blocks in both."""
 
 
 def main() -> None:

@@ -243,7 +243,7 @@ def test_models_cut_over_four_devices():
     done = subprocess.run([sys.executable, WORKER], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert set(found) == {"experts and width", "width inside super-blocks"}
+    assert set(found) == {"experts and width", "width alone"}
     for line in found.values():
         assert line["error"] < 1.3 * line["error of xla"] < 4e-2
         assert line["on kernels"] == 20
