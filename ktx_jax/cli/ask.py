@@ -108,6 +108,7 @@ def serve(
     batch: Batch = 8,
     arithmetic: Arithmetic,
     loading: Loading,
+    several: Several,
 ) -> int:
     """Serve a model over OpenAI's API and Ollama's, with a chat page (extra `serve`).
 
@@ -115,5 +116,7 @@ def serve(
     """
     from ktx_jax.commands.serve import serve
 
-    options = model_options(model, loading, arithmetic, context=context, batch=batch, chat_template=chat_template)
+    options = model_options(
+        model, loading, arithmetic, several, context=context, batch=batch, chat_template=chat_template
+    )
     return serve(options, name, max_queue, asdict(serving) | {"cors_origins": tuple(serving.cors_origins)})

@@ -58,6 +58,7 @@ def eval_(
     batch: Batch = 8,
     arithmetic: Arithmetic,
     loading: Loading,
+    several: Several,
     as_json: AsJson = False,
 ) -> int:
     """Run tasks of lm-evaluation-harness (extra `eval`).
@@ -66,7 +67,7 @@ def eval_(
     """
     from ktx_jax.commands.eval import EvalOptions, eval_
 
-    options = model_options(model, loading, arithmetic, context=context, batch=batch)
+    options = model_options(model, loading, arithmetic, several, context=context, batch=batch)
     wanted = EvalOptions(tasks.split(","), include_path, num_fewshot, limit, apply_chat_template, out, resume, as_json)
     return eval_(options, wanted)
 
@@ -84,6 +85,7 @@ def perplexity(
     resume: Resume = False,
     arithmetic: Arithmetic,
     loading: Loading,
+    several: Several,
     as_json: AsJson = False,
 ) -> int:
     """Measure how surprised a model is by a text.
@@ -92,7 +94,7 @@ def perplexity(
     """
     from ktx_jax.commands.perplexity import perplexity
 
-    options = model_options(model, loading, arithmetic, context=window)
+    options = model_options(model, loading, arithmetic, several, context=window)
     return perplexity(options, file, window, stride, out, resume, as_json)
 
 
@@ -106,6 +108,7 @@ def compare(
     b_dtype: Annotated[Literal["bfloat16", "float32"] | None, typer.Option(help="Of B. [default: A's]")] = None,
     b_implementation: Annotated[Literal["xla", "ffi"] | None, typer.Option(help="Of B. [default: A's]")] = None,
     loading: Loading,
+    several: Several,
     out: Kept = None,
     resume: Resume = False,
     plot: Annotated[Path | None, typer.Option(metavar="OUT", help="Draw it (extra `plot`): .png, .svg, ....")] = None,
@@ -123,8 +126,8 @@ def compare(
         dtype=b_dtype or arithmetic.dtype,
         implementation=b_implementation or arithmetic.implementation,
     )
-    first = model_options(a, loading, arithmetic, context=window)
-    second = model_options(b, loading, of_b, context=window)
+    first = model_options(a, loading, arithmetic, several, context=window)
+    second = model_options(b, loading, of_b, several, context=window)
     return compare(first, second, file, window, out, resume, plot, as_json)
 
 
@@ -135,6 +138,7 @@ def verify(
         Path | None, typer.Option(help="A text for the perplexity; wikitext-2's test part has published figures.")
     ] = None,
     loading: Loading,
+    several: Several,
 ) -> int:
     """Check that a file is a published model, computed right.
 
@@ -143,4 +147,4 @@ def verify(
     """
     from ktx_jax.commands.verify import verify
 
-    return verify(model_options(model, loading), text)
+    return verify(model_options(model, loading, several=several), text)

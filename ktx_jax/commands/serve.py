@@ -2,6 +2,7 @@
 """`ktx-jax serve`: a model behind an OpenAI API."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,10 @@ def serve(options: ModelOptions, name: str | None, max_queue: int, settings: dic
     from ktx_jax.server.hosted import Hosted, Loaded
     from ktx_jax.server.run import serve
 
+    if not options.leads():
+        for number in (signal.SIGINT, signal.SIGTERM):  # which launchers send to all
+            signal.signal(number, signal.SIG_IGN)  # process 0 obeys, and tells when it is done
+        load_llm(options)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("ktx_jax").setLevel(logging.INFO)
     load_config(options.model, options.override)  # a file that cannot be served is said before the port is open

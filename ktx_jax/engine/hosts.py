@@ -6,6 +6,7 @@ Every process runs the same programs in the same order, as JAX asks; only proces
 
 import hashlib
 import json
+import threading
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -105,16 +106,22 @@ class FollowingSteps(_SharedSteps):
         """Computes what process 0 says, until it says that this was all."""
         while (message := self._link.receive()) is not None:
             head, arrays = unpack(message)
-            if head["do"] == "copy":
-                Steps.copy_pages(self, **arrays)
-            else:
-                self._compute(*step_of(head, arrays))
+            with _computing:
+                if head["do"] == "copy":
+                    Steps.copy_pages(self, **arrays)
+                else:
+                    self._compute(*step_of(head, arrays))
 
     def copy_pages(self, source: np.ndarray, target: np.ndarray) -> NoReturn:
         _refuse()
 
     def _through(self, run: Run, at: np.ndarray, extra: Any, tail: Tail, kind: Kind) -> NoReturn:
         _refuse()
+
+
+_computing = threading.Lock()
+"""Of two models in one process, each followed by a thread: process 0 waits for one's step before it starts the other's,
+and here their collectives must not overlap either."""
 
 
 def _refuse() -> NoReturn:
