@@ -62,7 +62,7 @@ def test_sharding_experiment(tmp_path):
     command = [sys.executable, str(script), "--out", str(tmp_path / "figure.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    head, *lines, _ = done.stdout.splitlines()
+    _, *lines, _ = done.stdout.splitlines()
     assert len(lines) == len(sharding_experiment.TINY)
     named = {name: line.removeprefix(name).split() for name, line in zip(sharding_experiment.TINY, lines, strict=True)}
     devices, weights, weights_unit, cache, cache_unit, collectives = zip(

@@ -4,11 +4,14 @@
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from ktx_jax.commands.common import ModelOptions, load_llm
 from ktx_jax.errors import KtxError
+
+log = logging.getLogger("ktx_jax.server")
 
 
 def serve(options: ModelOptions, name: str | None, max_queue: int, settings: dict[str, Any]) -> int:
@@ -40,8 +43,11 @@ def serve(options: ModelOptions, name: str | None, max_queue: int, settings: dic
 
         llm = load_llm(options, progress)
         if llm.chat_template is None:
-            logging.getLogger("ktx_jax.server").warning("no chat template: chats are refused (--chat-template FILE)")
-        return Loaded(llm, AsyncEngine(llm, max_queue=max_queue))
+            log.warning("no chat template: chats are refused (--chat-template FILE)")
+        engine, begun = AsyncEngine(llm, max_queue=max_queue), time.perf_counter()
+        count = engine.warm_up()
+        log.info("loaded in %.1f s, %d programs compiled in %.1f", llm.load_seconds, count, time.perf_counter() - begun)
+        return Loaded(llm, engine)
 
     serve(Hosted(name or options.model.resolve().stem, load), checked)
     return 0

@@ -75,7 +75,7 @@ def sample(logits: Float[Array, "L V"], draw: Draw, edits: Edits | None = None, 
 
 
 @partial(jax.jit, static_argnames="top")
-def sample_edited(logits: Float[Array, "S L V"], draw: Draw, edits: Edits, *, top: int | None) -> Drawn:
+def sample_apart(logits: Float[Array, "S L V"], draw: Draw, edits: Edits | None, *, top: int | None) -> Drawn:
     """`sample` as a program of its own, for logits computed before; all arrays with a leading shard axis."""
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (logits, draw, edits))
     return jax.tree.map(lambda a: a.reshape(*logits.shape[:2], *a.shape[1:]), sample(*flat, top=top))
