@@ -28,6 +28,7 @@ from ktx_jax.engine.reply import Chunk, follow
 from ktx_jax.engine.requests import FinishReason, Request, SamplingParams, TokenLogprob
 from ktx_jax.engine.scheduler import Limits
 from ktx_jax.engine.scoring import Score
+from ktx_jax.engine.stage import Dtypes
 from ktx_jax.engine.windows import Perplexity, pair_window, perplexity_windows, rolling_windows
 from ktx_jax.errors import KtxError
 from ktx_jax.gguf.architecture import check_architecture
@@ -93,8 +94,9 @@ class LLM:
       cache_tokens: how many tokens the cache holds, at least one context; None for `batch` whole contexts. With fewer,
         sequences that do not fit together give way to older ones and are computed anew.
       dtype: "float32" (exact) or "bfloat16", of activations and cache. Weights stay as the file has them.
-      implementation: of the heavy operations: "xla" is exact and runs everywhere, "ffi" is fast on CPUs (activations
-        become int8 where weights are quantized). None takes the fast one where it runs.
+      implementation: of the heavy operations: "xla" is exact and runs everywhere, "ffi" is fast on CPUs. None takes the
+        fast one where it runs. With "ffi", activations become integers where they meet quantized weights: of 8 bits, or
+        of 15 with `dtype="float32"`, for up to twice the time; between operations they are float32 with either.
       override: metadata values laid over the file's, e.g. `{"expert_group_count": 4}`.
       rules: which part lies on which device and how it is cut: a rule file, `Rules`, or "auto", which splits the layers
         over all devices by their free memory. None for one device.
@@ -156,7 +158,9 @@ class LLM:
             self._model = load_model(
                 gguf, self.plan, bound, implementations=implementations, repack=repack, progress=progress
             )
-            steps = make_steps(self.config, self._model, limits, dtype=self.dtype, link=link)
+            # Between the CPU kernels float32 costs nothing; what is rounded there is their inputs and the cache.
+            activations = jnp.float32 if implementations.devices == "ffi" else self.dtype
+            steps = make_steps(self.config, self._model, limits, dtypes=Dtypes(activations, self.dtype), link=link)
         self._engine = Engine(self.config, steps, limits, eos_ids=self.tokenizer.eos_ids)
         self.load_seconds = time.perf_counter() - begun
 

@@ -92,11 +92,15 @@ class HostArray:
     A pytree with one leaf: uint32 handles, one for each shard, in a grid with as many axes as the weight. The handles
     are data, so compiled programs do not depend on them; a shard's logical shape and type are static. Whoever makes
     one keeps the `Weights` alive.
+
+    Attributes:
+      precise: whether activations become fifteen bits in place of eight, for twice the arithmetic.
     """
 
     handles: Any  # UInt32[Array, "*grid"]
     shard_shape: tuple[int, ...] = field(metadata={"static": True})
     ggml_type: GGMLQuantizationType = field(metadata={"static": True})
+    precise: bool = field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

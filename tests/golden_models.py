@@ -9,6 +9,7 @@ from golden.golden_variants import VARIANTS, Variant
 
 from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.scheduler import Limits
+from ktx_jax.engine.stage import Dtypes
 from ktx_jax.engine.step import Steps
 from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.llm import LLM
@@ -48,7 +49,7 @@ SMALL_LIMITS = Limits(context=160, batch=2, page=64, chunk=32, tile=8)
 def small_llm() -> LLM:
     """A reference model on an engine of few, small shapes: page and bucket edges are near, compilation is short."""
     llm = golden_llm("split", context=SMALL_LIMITS.context, batch=SMALL_LIMITS.batch)
-    steps = Steps(llm.config, llm._model, SMALL_LIMITS, dtype=llm.dtype)
+    steps = Steps(llm.config, llm._model, SMALL_LIMITS, dtypes=Dtypes(llm.dtype, llm.dtype))
     llm._engine = Engine(llm.config, steps, SMALL_LIMITS, eos_ids=llm.tokenizer.eos_ids)
     return llm
 

@@ -9,14 +9,9 @@ from ktx_jax.synth import synthesize
 
 _SIZES = {"kv_lora": 64, "nope": 32, "rope": 16}
 # Cut eight ways inside super-blocks: 96 of an expert's 768 hidden values, 32 of o_proj's 256 inputs.
-INSIDE = {
+SHAPES = {
     "deepseek-v2.5": Shape("V2.5", 60, 256, 1024, 768, 8, 128, 16, 8, 3, 16.0, 0.1, value=32, **_SIZES),
     "deepseek-v2-lite": Shape("V2-Lite", 60, 256, 1088, 384, 8, None, 16, 1, 1, 1.0, 0.0707, value=32, **_SIZES),
-}
-# Cut eight ways between super-blocks: the CPU kernels then quantize activations in the same blocks as uncut.
-BETWEEN = {
-    "deepseek-v2.5": Shape("V2.5", 60, 256, 2048, 2048, 8, 128, 16, 8, 3, 16.0, 0.1, value=256, **_SIZES),
-    "deepseek-v2-lite": Shape("V2-Lite", 60, 256, 1088, 1024, 8, None, 16, 1, 1, 1.0, 0.0707, value=256, **_SIZES),
 }
 
 

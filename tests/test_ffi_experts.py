@@ -39,15 +39,15 @@ class Experts:
         operands = (jnp.asarray(x), jnp.asarray(ids), jnp.asarray(weights))
         return np.asarray(ktx_ffi.experts(*operands, *self.weights, **kwargs))
 
-    def reference(self, x, ids, weights):
+    def reference(self, x, ids, weights, activations=quantized_activations):
         gate, up, down = (dequantize(b, t).astype(np.float64) for b, t in zip(self.raw, self.types, strict=True))
         y = np.zeros(x.shape)
-        xs = [quantized_activations(x, t).astype(np.float64) for t in self.types[:2]]
+        xs = [activations(x, t).astype(np.float64) for t in self.types[:2]]
         for t in range(len(x)):
             for e, weight in zip(ids[t], weights[t], strict=True):
                 if 0 <= e < len(gate):
                     h = (silu(gate[e] @ xs[0][t]) * (up[e] @ xs[1][t])).astype(np.float32)
-                    y[t] += weight * (down[e] @ quantized_activations(h, self.types[2]))
+                    y[t] += weight * (down[e] @ activations(h, self.types[2]))
         return y
 
 
@@ -72,12 +72,24 @@ def test_matches_numpy(mix, tokens, seed):
 
 
 @mixes
-def test_a_token_does_not_depend_on_its_batch(mix):
+@pytest.mark.parametrize("precise", [False, True])
+def test_a_token_does_not_depend_on_its_batch(mix, precise):
     experts = Experts(mix, 5)
     x, ids, weights = inputs(np.random.default_rng(1), 90, experts.width, 5, 2)
-    whole = experts(x, ids, weights)
+    whole = experts(x, ids, weights, precise=precise)
     for part in (slice(0, 1), slice(3, 5), slice(10, 31), slice(50, 90)):
-        np.testing.assert_array_equal(experts(x[part], ids[part], weights[part]), whole[part])
+        np.testing.assert_array_equal(experts(x[part], ids[part], weights[part], precise=precise), whole[part])
+
+
+@mixes
+def test_precise_keeps_fifteen_bits(mix):
+    """Nearly what activations that are not quantized give; the same where nothing is quantized."""
+    experts = Experts(mix, 4)
+    x, ids, weights = inputs(np.random.default_rng(4), 40, experts.width, 4, 3)
+    truth = experts.reference(x, ids, weights, activations=lambda values, _: values)
+    assert relative_error(experts(x, ids, weights, precise=True), truth) < 1e-4
+    if mix[0] == T.F32:
+        np.testing.assert_array_equal(experts(x, ids, weights, precise=True), experts(x, ids, weights))
 
 
 @mixes

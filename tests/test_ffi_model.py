@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole models on the CPU kernels: faithful to the exact logits, and blind to what else is in the batch."""
 
+from functools import partial
+
 import ktx_ffi
 import numpy as np
 import pytest
@@ -30,16 +32,20 @@ def test_close_to_the_exact_path(variant):
     exact = LLM(
         golden_path(variant), dtype="float32", context=128, batch=1, implementation="xla", override=variant.override
     ).logits(tokens)
-    for options in ({}, {"repack": False}, {"dtype": "bfloat16"}):
+    for options in ({}, {"repack": False}):
+        lost = token_kl(exact, load(variant, **options).logits(tokens))
+        assert lost.max() < 1e-5, options
+    for options in ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "repack": False}):
         lost = token_kl(exact, load(variant, **options).logits(tokens))
         # In models this small one router near-tie, fallen the other way, outweighs all else.
         assert np.median(lost) < 1.5e-3, options
         assert lost.max() < 0.3, options
 
 
-def test_logits_do_not_depend_on_cuts_or_neighbours():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_do_not_depend_on_cuts_or_neighbours(dtype):
     """Bit for bit: one pass, chunks of any size, and prompts in a batch."""
-    llm = load(BY_NAME["grouped"])
+    llm = load(BY_NAME["grouped"], dtype=dtype)
     tokens = [(5 * i) % 190 + 3 for i in range(70)]
     whole = llm.logits(tokens)
     for length in (1, 2, 17, 33, 69):
@@ -53,11 +59,11 @@ def test_logits_do_not_depend_on_cuts_or_neighbours():
 
 @pytest.mark.parametrize("name", ORACLE)
 def test_as_faithful_as_llama_cpp(oracle, name):
+    """Closer to the exact logits by default; all but equal to them with fifteen bits."""
     folder, stem = name.split("/")
     stored = np.load(oracle / folder / "logits.npz")
-    exact = stored[stem]
-    logits = LLM(oracle / f"{name}.gguf", implementation="ffi", dtype="float32", context=128, batch=1).logits(
-        stored["tokens"].tolist()
-    )
-    limit = 1.5 * mean_kl(exact, stored[f"llamacpp_{stem}"]) if ORACLE[name] else 2e-3
-    assert mean_kl(exact, logits) < limit
+    tokens, exact = stored["tokens"].tolist(), stored[stem]
+    model = partial(LLM, oracle / f"{name}.gguf", implementation="ffi", context=128, batch=1)
+    fast = mean_kl(exact, model().logits(tokens))
+    assert fast < (mean_kl(exact, stored[f"llamacpp_{stem}"]) if ORACLE[name] else 1e-3)
+    assert np.quantile(token_kl(exact, model(dtype="float32").logits(tokens)), 0.95) < 1e-6

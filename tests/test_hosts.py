@@ -18,8 +18,8 @@ SCRIPT = Path(__file__).with_name("run_hosts.py")
 SHAPE = Shape("Eight", 2, 256, 2048, 256, 8, None, 16, 1, 1, 1.0, 0.0707, kv_lora=64, nope=32, rope=16, value=256)
 RULES = {name: ROOT / "configs" / "deepseek-v2-lite" / name for name in ("8gpu.yaml", "8gpu-data.yaml")}
 MINUTE = 60
-# Of logits and log-probabilities: Gloo adds in another order, which tips some activations to the next int8.
-TOLERANCE = {"xla": 1e-5, "ffi": 0.2}
+# Of logits and log-probabilities: Gloo adds in another order, which tips some of the kernels' fifteen bits.
+TOLERANCE = {"xla": 1e-5, "ffi": 1e-2}
 
 pytestmark = pytest.mark.slow
 

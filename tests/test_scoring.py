@@ -15,6 +15,7 @@ from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.requests import SamplingParams
 from ktx_jax.engine.scheduler import Limits
 from ktx_jax.engine.scoring import Score, Scoring
+from ktx_jax.engine.stage import Dtypes
 from ktx_jax.engine.step import Steps
 from ktx_jax.errors import KtxError
 from ktx_jax.llm import LLM
@@ -121,7 +122,9 @@ class OneByOne(Steps):
 
     def __init__(self, llm: LLM, limits: Limits):
         one = replace(limits, shards=1)
-        self.shards = [Steps(llm.config, llm._model, one, dtype=llm.dtype) for _ in range(limits.shards)]
+        self.shards = [
+            Steps(llm.config, llm._model, one, dtypes=Dtypes(llm.dtype, llm.dtype)) for _ in range(limits.shards)
+        ]
 
     def sample(self, *inputs, **options):
         return self.shards[0].sample(*inputs, **options)

@@ -2,7 +2,7 @@
 """The table: each figure beside its peer's, their ratio, and the goal."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,9 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _limit(record: dict[str, Any], name: str) -> float | None:
-    """The machine's, as measured between ours; None where it has no such unit."""
-    return _median([limits[name] for run in record["engines"][_KTX] for limits in run["limits"] if limits[name]])
-
-
-def _share(value: float | None, limit: float | None) -> float | None:
-    return value / limit if value and limit else None
+def _share(rates: Iterable[float], limits: Iterable[float]) -> float | None:
+    """The median of rates, each over the machine's limit around it; None where it has no such unit."""
+    return _median([rate / limit for rate, limit in zip(rates, limits, strict=True) if limit])
 
 
 def _against(work: str, figures: dict[str, float], goal: float | None) -> Row:
@@ -78,7 +74,11 @@ def _model(key: str, record: dict[str, Any]) -> Iterator[Row]:
         if runs and name != _MAPPED
     }
     yield _against(f"{title}: decode", speeds, decode_goal)
-    bandwidth = _share(speeds[_KTX] * record["decode_bytes"], _limit(record, "read"))
+    ours = engines[_KTX]
+    bandwidth = _share(
+        [speed * record["decode_bytes"] for run in ours for speed in run["decode_tok_s"]],
+        [limit for run in ours for limit in run["decode_read"]],
+    )
     yield from _of_share(f"{title}: decode, of the read bandwidth", bandwidth, 0.9 if key == "lite" else None)
     per_token = {}
     for length in ("512", "2048"):
@@ -91,7 +91,10 @@ def _model(key: str, record: dict[str, Any]) -> Iterator[Row]:
             continue
         per_token[length] = 1 / rates[_KTX]
         yield _against(f"{title}: prefill of {length}", rates, prefill_goal if length == "512" else None)
-        int8 = _share(rates[_KTX] * record["prefill_macs"], _limit(record, "int8"))
+        int8 = _share(
+            [int(length) * record["prefill_macs"] / s for run in ours for s in run["prefill_s"].get(length, [])],
+            [limit for run in ours for limit in run["prefill_int8"].get(length, [])],
+        )
         yield from _of_share(f"{title}: prefill of {length}, of the int8 peak", int8)
     if len(per_token) == 2:
         ratio = per_token["2048"] / per_token["512"]

@@ -53,18 +53,19 @@ def experts(
     *,
     offset: Offset | None = None,
     dtype: DTypeLike | None = None,
+    precise: bool = False,
 ) -> Float[Array, "T D"]:
     """Mixture of gated experts: the sum over k of `weights * down(silu(gate(x)) * up(x))` of expert `ids`.
 
     Weights are `[E, F, D]`, `[E, F, D]` and `[E, D, F]`. An id outside `[0, E)` adds nothing. The sum of a token runs
     in order of its expert ids. With an `offset` (one integer, a multiple of 16) `down` is `[E, D, K]` and the hidden
     values lie at `offset .. offset + F` of K, zeros around them: a shard of F whose cuts are not between the blocks of
-    `down`. Raises as `matmul`.
+    `down`. `precise` and what it raises as `matmul`.
     """
     placed = offset is not None
     at = jnp.asarray(offset if placed else 0, jnp.int32)
     operands = (x, ids, weights.astype(jnp.float32), operand(gate), operand(up), operand(down), at)
-    return _call("ktx_experts", x.shape, dtype or x.dtype, *operands, placed=placed)
+    return _call("ktx_experts", x.shape, dtype or x.dtype, *operands, placed=placed, precise=precise)
 
 
 def mlp(
@@ -75,12 +76,13 @@ def mlp(
     *,
     offset: Offset | None = None,
     dtype: DTypeLike | None = None,
+    precise: bool = False,
 ) -> Float[Array, "*b D"]:
     """SwiGLU: `down(silu(gate(x)) * up(x))` with weights `[F, D]`, `[F, D]`, `[D, F]`; `offset` as in `experts`."""
     rows = x.reshape(-1, x.shape[-1])
     ids = jnp.zeros((rows.shape[0], 1), jnp.int32)
     weights = jnp.ones((rows.shape[0], 1), jnp.float32)
-    return experts(rows, ids, weights, gate, up, down, offset=offset, dtype=dtype).reshape(x.shape)
+    return experts(rows, ids, weights, gate, up, down, offset=offset, dtype=dtype, precise=precise).reshape(x.shape)
 
 
 def embed(ids: Int[Array, "*b"], w: Handle, d: int, *, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b d"]:

@@ -2,11 +2,13 @@
 // Activations cut into tiles of rows and quantized for a weight type.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "kernels.h"
+#include "layout.h"
 
 namespace ktx {
 
@@ -21,6 +23,15 @@ struct Tile {
 // padded rows so far.
 int64_t append_tiles(const Kernels& kernels, int64_t first, int64_t rows, int64_t offset, std::vector<Tile>* tiles,
                      int each = 1);
+
+// Row m of a tile's products with a panel becomes the sum of rows 2m and 2m + 1, those of values quantized twice.
+inline void add_pairs(float* products, int rows) {
+  for (int m = 0; m < rows; ++m) {
+    for (int j = 0; j < kPanelRows; ++j) {
+      products[m * kPanelRows + j] = products[2 * m * kPanelRows + j] + products[(2 * m + 1) * kPanelRows + j];
+    }
+  }
+}
 
 // Where the quantized rows of all tiles lie.
 class Activations {
@@ -41,6 +52,24 @@ class Activations {
   // Quantizes x into row m of the tile.
   void quantize(const Kernels& kernels, const Tile& t, int m, const float* x) const {
     kernels.quantize(format_, x, k_, tile(t), t.padded, m);
+  }
+
+  // Quantizes x into row m, and what that loses of it into row m + 1, for fifteen bits in place of eight. `lost`: k
+  // values to work in.
+  void quantize_twice(const Kernels& kernels, const Tile& t, int m, const float* x, float* lost) const {
+    quantize_twice(kernels, tile(t), t.padded, m, x, k_, lost);
+  }
+
+  // The same for k columns of a tile of `rows` rows.
+  void quantize_twice(const Kernels& kernels, const ActTile& tile, int rows, int m, const float* x, int64_t k,
+                      float* lost) const {
+    kernels.quantize(format_, x, k, tile, rows, m);
+    if (format_.group == 0) {  // nothing is lost
+      std::fill_n(lost, k, 0.0f);
+    } else {
+      kernels.residual(format_, x, k, tile, rows, m, lost);
+    }
+    kernels.quantize(format_, lost, k, tile, rows, m + 1);
   }
 
   // Fills the padding, rows `first` and on, with x: any values do.

@@ -84,22 +84,24 @@ struct Format {
   }
 };
 
-// Fetches levels into the second-level cache ahead of their use: those of the panel, then those of the panel that is
-// read next, so that nothing is fetched in vain.
+// Fetches a panel into the first-level cache ahead of its use, then the panel that is read next, so that nothing is
+// fetched in vain. Few rows read a panel once: it then passes the outer caches by, which need not write it back.
+template <int M>
 class FetchAhead {
  public:
   KTX_INLINE FetchAhead(const uint8_t* panel, int64_t bytes, const uint8_t* next)
       : turn_(panel + bytes - kAhead), beyond_((next != nullptr ? next : panel) - turn_) {}
 
-  template <Type kType>
+  // What stands for the `kBytes` at p, so far ahead.
+  template <int kBytes>
   KTX_INLINE void from(const uint8_t* p) const {
     const uint8_t* to = p + (p < turn_ ? kAhead : beyond_);
 #pragma GCC unroll 8
-    for (int i = 0; i < Format<kType>::kLayout.codec_bytes; i += 64) __builtin_prefetch(to + i, 0, 2);
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(to + i, 0, M <= 4 ? 0 : 3);
   }
 
  private:
-  static constexpr int64_t kAhead = 8192;
+  static constexpr int64_t kAhead = 4096;
   const uint8_t* turn_;
   int64_t beyond_;
 };

@@ -4,7 +4,7 @@
 namespace ktx {
 
 ExpertPlan::ExpertPlan(const Kernels& kernels, const int32_t* ids, const float* weights, int64_t tokens, int64_t top_k,
-                       int64_t experts) {
+                       int64_t experts, int each) {
   std::vector<int64_t> start(static_cast<size_t>(experts) + 1, 0);
   const auto valid = [experts](int32_t id) { return id >= 0 && id < experts; };
   for (int64_t i = 0; i < tokens * top_k; ++i) {
@@ -15,7 +15,7 @@ ExpertPlan::ExpertPlan(const Kernels& kernels, const int32_t* ids, const float* 
     start[e + 1] += start[e];
     if (rows == 0) continue;
     const int64_t first = static_cast<int64_t>(tiles.size());
-    padded_rows = append_tiles(kernels, start[e], rows, padded_rows, &tiles);
+    padded_rows = append_tiles(kernels, start[e], rows, padded_rows, &tiles, each);
     groups.push_back({static_cast<int64_t>(e), first, static_cast<int64_t>(tiles.size())});
   }
   token.resize(static_cast<size_t>(start.back()));

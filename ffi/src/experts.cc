@@ -77,7 +77,7 @@ class ExpertsRun {
         first_(first),
         tokens_(tokens),
         plan_(kernels_, call.ids + first * call.top_k, call.weights + first * call.top_k, tokens, call.top_k,
-              call.gate.lead),
+              call.gate.lead, call.precise ? 2 : 1),
         gate_in_(call.gate.type->type, call.gate.k),
         up_in_(call.up.type->type, call.up.k),
         hidden_(call.down.type->type, call.down.k) {}
@@ -105,7 +105,7 @@ class ExpertsRun {
       const std::vector<HiddenUnit> list = hidden_units(blocks_, column_blocks);
       parallel_for(units, [&](int64_t i) {
         const HiddenUnit& unit = list[static_cast<size_t>(i)];
-        hidden_values(blocks_[unit.block], unit.part);
+        hidden_values(blocks_[unit.block], unit.part, first_panel(list, i + 1, kColumns));
       });
     }
     output();
@@ -114,20 +114,32 @@ class ExpertsRun {
  private:
   const Tile& tile(int64_t i) const { return plan_.tiles[static_cast<size_t>(i)]; }
 
+  // Rows of the kernel for a row.
+  int each() const { return call_.precise ? 2 : 1; }
+
+  // Row m of a tile: k columns of `acts` that begin at the tile's first.
+  void quantize(const Activations& acts, const ActTile& out, int padded, int m, const float* row, int64_t k,
+                float* lost) const {
+    if (call_.precise) {
+      acts.quantize_twice(kernels_, out, padded, 2 * m, row, k, lost);
+    } else {
+      kernels_.quantize(acts.format(), row, k, out, padded, m);
+    }
+  }
+
   void quantize_inputs(bool one_input) {
     const int64_t d = call_.gate.k;
     const InputRows x{call_.x, call_.x_bf16, d};
     const auto one_tile = [&](int64_t i) {
-      float* buffer =
-          x.bf16 ? reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, static_cast<size_t>(d) * 4)) : nullptr;
+      float* buffer = reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, static_cast<size_t>(d) * 2 * sizeof(float)));
       for (int m = 0; m < tile(i).rows; ++m) {
         const int64_t token = plan_.token[static_cast<size_t>(tile(i).first + m)];
         const float* row = x.row(first_ + token, d, buffer);
-        gate_in_.quantize(kernels_, tile(i), m, row);
-        if (!one_input) up_in_.quantize(kernels_, tile(i), m, row);
-        if (m + 1 < tile(i).rows) continue;
-        gate_in_.pad(kernels_, tile(i), tile(i).rows, row);
-        if (!one_input) up_in_.pad(kernels_, tile(i), tile(i).rows, row);
+        for (const Activations* in : {&gate_in_, &up_in_}) {
+          if (in == &up_in_ && one_input) continue;
+          quantize(*in, in->tile(tile(i)), tile(i).padded, m, row, d, buffer + d);
+          if (m + 1 == tile(i).rows) in->pad(kernels_, tile(i), each() * tile(i).rows, row);
+        }
       }
     };
     const int64_t count = static_cast<int64_t>(plan_.tiles.size());
@@ -138,19 +150,21 @@ class ExpertsRun {
     }
   }
 
-  // One panel of gate or up times the tiles of a block, into out [rows of the block, 16]; `next` is read after it.
+  // One panel of gate or up times the tiles of a block, into out [padded rows of the block, 16], of which a tile's rows
+  // come first; `next` is read after it.
   void project(const Weights& w, const Activations& in, const TileBlock& b, int64_t panel, const uint8_t* next,
                float* out) const {
     const uint8_t* data = w.panel(b.expert, panel);
     for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
       kernels_.panel(w.type->type, tile(t).padded)(data, next, w.kernel_k(), in.tile(tile(t)), out, kPanelRows);
+      if (call_.precise) add_pairs(out, tile(t).rows);
       out += tile(t).padded * kPanelRows;
     }
   }
 
   // Columns [begin, end) of `down`'s input, for a block of tiles; row r of the block goes to out + r * ld. They are
-  // silu(gate) * up, with zeros before and behind where `down` is wider.
-  void gated(const TileBlock& b, int64_t begin, int64_t end, float* out, int64_t ld) const {
+  // silu(gate) * up, with zeros before and behind where `down` is wider. `next` is read after that.
+  void gated(const TileBlock& b, int64_t begin, int64_t end, const uint8_t* next, float* out, int64_t ld) const {
     const int64_t rows = padded_rows(b);
     const int64_t first = std::clamp(call_.offset, begin, end);
     const int64_t last = std::clamp(call_.offset + call_.gate.n, first, end);
@@ -164,7 +178,7 @@ class ExpertsRun {
       const int64_t panel = (c - call_.offset) / kPanelRows;
       const bool more = c + kPanelRows < last;
       project(call_.gate, gate_in_, b, panel, call_.up.panel_address(b.expert, panel), gate);
-      project(call_.up, up_in_, b, panel, more ? call_.gate.panel_address(b.expert, panel + 1) : nullptr, up);
+      project(call_.up, up_in_, b, panel, more ? call_.gate.panel_address(b.expert, panel + 1) : next, up);
       kernels_.silu_mul(gate, up, rows * kPanelRows, gate);
       const size_t columns = static_cast<size_t>(std::min<int64_t>(kPanelRows, last - c));
       for (int64_t r = 0; r < rows; ++r) {
@@ -173,26 +187,37 @@ class ExpertsRun {
     }
   }
 
+  // Of gate, what unit i begins with; nullptr behind the last.
+  const uint8_t* first_panel(const std::vector<HiddenUnit>& units, int64_t i, int64_t columns) const {
+    if (i == static_cast<int64_t>(units.size())) return nullptr;
+    const HiddenUnit& unit = units[static_cast<size_t>(i)];
+    const int64_t first = std::max<int64_t>(0, unit.part * columns - call_.offset) / kPanelRows;
+    return call_.gate.panel_address(blocks_[unit.block].expert, std::min(first, call_.gate.panels_per_lead()));
+  }
+
   int64_t padded_rows(const TileBlock& b) const {
     return tile(b.tile_last - 1).offset + tile(b.tile_last - 1).padded - tile(b.tile_first).offset;
   }
 
   // Quantizes columns [begin, begin + n) of a block's hidden values, padding included.
   void quantize_hidden(const TileBlock& b, int64_t begin, int64_t n, const float* values, int64_t ld) const {
-    for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
+    alignas(64) float lost[kColumns];
+    for (int64_t t = b.tile_first; t < b.tile_last; values += tile(t).padded * ld, ++t) {
       const ActTile out = hidden_.columns(tile(t), begin);
-      for (int m = 0; m < tile(t).padded; ++m, values += ld) {
-        kernels_.quantize(hidden_.format(), values, n, out, tile(t).padded, m);
+      const int padded = tile(t).padded;
+      for (int m = 0; m < tile(t).rows; ++m) quantize(hidden_, out, padded, m, values + m * ld, n, lost);
+      for (int m = each() * tile(t).rows; m < padded; ++m) {
+        kernels_.quantize(hidden_.format(), values, n, out, padded, m);
       }
     }
   }
 
-  void hidden_values(const TileBlock& b, int64_t column_block) const {
+  void hidden_values(const TileBlock& b, int64_t column_block, const uint8_t* next) const {
     const int64_t begin = column_block * kColumns;
     const int64_t end = std::min(begin + kColumns, call_.down.k);
     const size_t bytes = static_cast<size_t>(padded_rows(b) * kColumns) * sizeof(float);
     float* values = reinterpret_cast<float*>(thread_memory(ThreadSlot::kHidden, bytes));
-    gated(b, begin, end, values, kColumns);
+    gated(b, begin, end, next, values, kColumns);
     quantize_hidden(b, begin, end - begin, values, kColumns);
   }
 
@@ -210,7 +235,8 @@ class ExpertsRun {
       const int64_t part = unit.part;
       const int64_t column_block = part / kPartsPerBlock;
       float* rows = values + tile(b.tile_first).offset * k;
-      gated(b, part * kFewColumns, std::min((part + 1) * kFewColumns, k), rows + part * kFewColumns, k);
+      gated(b, part * kFewColumns, std::min((part + 1) * kFewColumns, k), first_panel(units, i + 1, kFewColumns),
+            rows + part * kFewColumns, k);
       const int64_t begin = column_block * kColumns;
       const int64_t end = std::min(begin + kColumns, k);
       const int all = static_cast<int>((end - begin + kFewColumns - 1) / kFewColumns);
@@ -225,7 +251,9 @@ class ExpertsRun {
   void output() const {
     const int64_t panels = call_.down.panels_per_lead();
     const int64_t fitting = kOutputBytes / (tokens_ * kPanelRows * static_cast<int64_t>(sizeof(float)));
-    const int64_t chunk = std::clamp<int64_t>(std::min(fitting, panels / (8 * threads())), 1, 8);
+    // Few rows stay in the cache from panel to panel: then small units, so that no thread waits long for another.
+    const int64_t units = plan_.padded_rows * call_.down.k <= kBlockBytes ? 16 : 8;
+    const int64_t chunk = std::clamp<int64_t>(std::min(fitting, panels / (units * threads())), 1, 8);
     const std::vector<TileBlock> blocks = block_tiles(plan_, row_bytes(call_.down));
     parallel_for((panels + chunk - 1) / chunk,
                  [&](int64_t unit) { output_columns(blocks, unit * chunk, std::min((unit + 1) * chunk, panels)); });
@@ -245,10 +273,11 @@ class ExpertsRun {
         const uint8_t* data = w.panel(b.expert, panel);
         const uint8_t* next = panel + 1 < last          ? w.panel_address(b.expert, panel + 1)
                               : i + 1 < blocks.size() ? w.panel_address(blocks[i + 1].expert, first)
-                                                      : nullptr;
+                                                      : w.panel_address(blocks[0].expert, last);
         for (int64_t t = b.tile_first; t < b.tile_last; ++t) {
           kernels_.panel(w.type->type, tile(t).padded)(data, next, w.kernel_k(), hidden_.tile(tile(t)), products,
                                                        kPanelRows);
+          if (call_.precise) add_pairs(products, tile(t).rows);
           const size_t row = static_cast<size_t>(tile(t).first);
           kernels_.add_rows(products, tile(t).rows, &plan_.weight[row], &plan_.token[row],
                             sums + (panel - first) * kPanelRows, ld);

@@ -20,6 +20,7 @@ struct ExpertsCall {
   bool x_bf16;
   void* out;  // [tokens, D]
   bool out_bf16;
+  bool precise;  // fifteen bits of x and of the hidden values in place of eight, as in matmul
 };
 
 // out[t] = sum over j of weights[t, j] * down(silu(gate(x[t])) * up(x[t])) of expert ids[t, j], in ascending order of

@@ -30,7 +30,7 @@ int64_t check_offset(const AnyBuffer& b, const Weights& gate, const Weights& dow
 }
 
 xla::ffi::Error run(AnyBuffer x, AnyBuffer ids, AnyBuffer weights, AnyBuffer gate, AnyBuffer up, AnyBuffer down,
-                    AnyBuffer offset, AnyResult out, bool placed) {
+                    AnyBuffer offset, AnyResult out, bool placed, bool precise) {
   return guarded("ktx_experts", [&] {
     const auto g = check_weights(gate, "gate");
     const auto u = check_weights(up, "up");
@@ -52,7 +52,7 @@ xla::ffi::Error run(AnyBuffer x, AnyBuffer ids, AnyBuffer weights, AnyBuffer gat
     check_dim(*out, "the result", 0, dim(x, 0), "the rows of x");
     check_dim(*out, "the result", 1, g->k, "for gate " + describe(*g));
     experts({*g, *u, *d, at, dim(x, 0), dim(ids, 1), ids.typed_data<int32_t>(), weights.typed_data<float>(),
-             x.untyped_data(), x_bf16, out->untyped_data(), out_bf16});
+             x.untyped_data(), x_bf16, out->untyped_data(), out_bf16, precise});
   });
 }
 
@@ -69,4 +69,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ktx_experts, ktx::run,
                                   .Arg<ktx::AnyBuffer>()
                                   .Arg<ktx::AnyBuffer>()
                                   .Ret<ktx::AnyBuffer>()
-                                  .Attr<bool>("placed"));
+                                  .Attr<bool>("placed")
+                                  .Attr<bool>("precise"));

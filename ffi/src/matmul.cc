@@ -37,13 +37,12 @@ void quantize_all(const Problem& p, const InputRows& x) {
     float* buffer = reinterpret_cast<float*>(thread_memory(ThreadSlot::kRow, 2 * bytes));
     for (int m = 0; m < tile.rows; ++m) {
       const float* row = x.row((tile.first + m) * p.w.lead + lead_index, p.w.k, buffer);
-      const int at = p.precise ? 2 * m : m;
-      p.acts.quantize(p.kernels, tile, at, row);
       if (p.precise) {
-        p.kernels.residual(p.acts.format(), row, p.w.k, p.acts.tile(tile), tile.padded, at, buffer + p.w.k);
-        p.acts.quantize(p.kernels, tile, at + 1, buffer + p.w.k);
+        p.acts.quantize_twice(p.kernels, tile, 2 * m, row, buffer + p.w.k);
+      } else {
+        p.acts.quantize(p.kernels, tile, m, row);
       }
-      if (m + 1 == tile.rows) p.acts.pad(p.kernels, tile, at + (p.precise ? 2 : 1), row);
+      if (m + 1 == tile.rows) p.acts.pad(p.kernels, tile, (p.precise ? 2 : 1) * tile.rows, row);
     }
   };
   const int64_t count = static_cast<int64_t>(p.tiles.size());
@@ -54,22 +53,13 @@ void quantize_all(const Problem& p, const InputRows& x) {
   }
 }
 
-// Row m of a tile's products becomes the sum of rows 2m and 2m + 1.
-void add_pairs(float* block, int rows) {
-  for (int m = 0; m < rows; ++m) {
-    for (int j = 0; j < kPanelRows; ++j) {
-      block[m * kPanelRows + j] = block[2 * m * kPanelRows + j] + block[(2 * m + 1) * kPanelRows + j];
-    }
-  }
-}
-
 // Panels [first, last) of one leading index times tiles [tile_first, tile_last).
 void multiply(const Problem& p, int64_t lead_index, int64_t first, int64_t last, int64_t tile_first,
               int64_t tile_last) {
   alignas(64) float block[kMaxTileRows * kPanelRows];
   for (int64_t i = first; i < last; ++i) {
     const uint8_t* panel = p.w.panel(lead_index, i);
-    const uint8_t* next = i + 1 < last ? p.w.panel_address(lead_index, i + 1) : nullptr;
+    const uint8_t* next = p.w.panel_address(lead_index, i + 1);  // the thread's next unit, as a rule, if not of this one
     const int64_t columns = std::min<int64_t>(kPanelRows, p.w.n - i * kPanelRows);
     for (int64_t t = tile_first; t < tile_last; ++t) {
       const Tile& tile = p.tiles[static_cast<size_t>(lead_index * p.tiles_per_lead + t)];

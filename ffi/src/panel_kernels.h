@@ -61,7 +61,7 @@ __attribute__((noinline)) void panel_of_32(const uint8_t* panel, const uint8_t* 
                                            int64_t ld) {
   using F = Format<kType>;
   constexpr bool kMinima = F::kLayout.header_bytes == 128;
-  const FetchAhead fetch(panel, panel_bytes(kType, k), next);
+  const FetchAhead<M> fetch(panel, panel_bytes(kType, k), next);
   F32 total[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) total[m] = zero_f();
@@ -73,7 +73,8 @@ __attribute__((noinline)) void panel_of_32(const uint8_t* panel, const uint8_t* 
     U8 w[8];
     const uint8_t* levels = panel + F::kLayout.header_bytes + odd * F::kLayout.codec_bytes;
     F::decode(levels, w);
-    fetch.from<kType>(levels);
+    fetch.template from<F::kLayout.codec_bytes>(levels);
+    if (odd == 0) fetch.template from<F::kLayout.header_bytes>(panel);
     const uint8_t* scales = panel + odd * (F::kLayout.header_bytes / 2);
     const F32 scale = load_half(scales);
     sums_of_32<kType, M>(
@@ -161,7 +162,7 @@ __attribute__((noinline)) void panel_of_256(const uint8_t* panel, const uint8_t*
   using F = Format<kType>;
   constexpr int kPairs = SuperBlock<kType>::kMinimumPairs;
   constexpr int kAux = kPairs ? kPairs : F::kSixteen ? 2 : 1;  // words of a row, by super-block or by 32
-  const FetchAhead fetch(panel, panel_bytes(kType, k / 8), next);
+  const FetchAhead<M> fetch(panel, panel_bytes(kType, k / 8), next);
   alignas(64) F32 total[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) total[m] = zero_f();
@@ -173,6 +174,7 @@ __attribute__((noinline)) void panel_of_256(const uint8_t* panel, const uint8_t*
   SuperBlock<kType> block;
   for (int64_t i = 0; i < k / 8; ++i, super_scales += 32, d += M) {
     const uint8_t* header = panel;
+    fetch.template from<F::kLayout.header_bytes>(header);
     block.read(super_scales, header);
     F32 acc[M];
     if constexpr (kPairs != 0) {
@@ -197,7 +199,7 @@ __attribute__((noinline)) void panel_of_256(const uint8_t* panel, const uint8_t*
     for (int s = 0; s < 8; ++s, q += 32 * M, panel += F::kLayout.codec_bytes) {
       U8 w[8];
       F::decode(panel, w);
-      fetch.from<kType>(panel);
+      fetch.template from<F::kLayout.codec_bytes>(panel);
       if constexpr (F::kSixteen) {
         const F32 first = block.scale(header, 2 * s);
         const F32 second = block.scale(header, 2 * s + 1);

@@ -43,18 +43,46 @@ bool spin_until(Done done) {
   return done();
 }
 
-// One call of parallel_for; lives on the caller's stack.
-struct Call {
-  const std::function<void(int64_t)>* task;
-  int64_t n;
-  std::atomic<int64_t> next{0};
+constexpr int kMaxShares = 64;
+
+// One call of parallel_for; lives on the caller's stack. Every thread begins in a share of its own, so that what it
+// does next lies behind what it does now, and then helps with the others'.
+class Call {
+ public:
+  Call(const std::function<void(int64_t)>& task, int64_t n, int threads)
+      : task_(task), count_(static_cast<int>(std::min<int64_t>({threads, n, kMaxShares}))) {
+    for (int s = 0; s < count_; ++s) {
+      shares_[s].next.store(n * s / count_, std::memory_order_relaxed);
+      shares_[s].end = n * (s + 1) / count_;
+    }
+  }
+
   std::atomic<int> workers{0};  // inside run(), the caller not counted
 
-  bool open() const { return next.load(std::memory_order_relaxed) < n; }
+  bool open() const {
+    return std::any_of(shares_, shares_ + count_, [](const Share& share) {
+      return share.next.load(std::memory_order_relaxed) < share.end;
+    });
+  }
 
   void run() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) (*task)(i);
+    const int first = joined_.fetch_add(1, std::memory_order_relaxed);
+    for (int s = 0; s < count_; ++s) {
+      Share& share = shares_[(first + s) % count_];
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task_(i);
+    }
   }
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  const std::function<void(int64_t)>& task_;
+  const int count_;
+  std::atomic<int> joined_{0};
+  Share shares_[kMaxShares];
 };
 
 class Pool {
@@ -85,7 +113,7 @@ class Pool {
   int size() const { return size_; }
 
   void run(int64_t n, const std::function<void(int64_t)>& task) {
-    Call call{&task, n};
+    Call call(task, n, size_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       calls_.push_back(&call);

@@ -8,7 +8,8 @@
 namespace ktx {
 
 // Calls task(i) for every i in [0, n), on the pool's workers and on the calling thread, and returns when all are done.
-// Tasks are taken one by one from a counter, so they may differ in size. Several threads may call at once, and a task
+// Each thread takes tasks one by one from a run of them that follow each other, then from the others' runs, so they may
+// differ in size. Several threads may call at once, and a task
 // may call again: a caller always works on its own tasks, so it never waits for a worker to become free. Tasks must not
 // throw.
 void parallel_for(int64_t n, const std::function<void(int64_t)>& task);

@@ -143,14 +143,16 @@ void test_experts() {
     std::vector<int32_t> ids;
     for (int64_t i = 0; i < 2 * tokens; ++i) ids.push_back(static_cast<int32_t>(g_random() % 5) - 1);
     const std::vector<float> weights = normal(2 * tokens);
-    std::vector<float> y(static_cast<size_t>(tokens * d), NAN);
-    ktx::experts({*gate.weights, *up.weights, *down.weights, 0, tokens, 2, ids.data(), weights.data(), x.data(), false,
-                  y.data(), false});
-    for (float value : y) CHECK(std::isfinite(value));
-    std::vector<float> first(static_cast<size_t>(d));
-    ktx::experts({*gate.weights, *up.weights, *down.weights, 0, 1, 2, ids.data(), weights.data(), x.data(), false,
-                  first.data(), false});
-    for (size_t i = 0; i < first.size(); ++i) CHECK(first[i] == y[i]);
+    for (bool precise : {false, true}) {
+      std::vector<float> y(static_cast<size_t>(tokens * d), NAN);
+      ktx::experts({*gate.weights, *up.weights, *down.weights, 0, tokens, 2, ids.data(), weights.data(), x.data(),
+                    false, y.data(), false, precise});
+      for (float value : y) CHECK(std::isfinite(value));
+      std::vector<float> first(static_cast<size_t>(d));
+      ktx::experts({*gate.weights, *up.weights, *down.weights, 0, 1, 2, ids.data(), weights.data(), x.data(), false,
+                    first.data(), false, precise});
+      for (size_t i = 0; i < first.size(); ++i) CHECK(first[i] == y[i]);
+    }
   }
 }
 
@@ -168,7 +170,7 @@ void test_experts_placed() {
     const std::vector<float> weights(static_cast<size_t>(tokens), 1.0f);
     std::vector<float> y(static_cast<size_t>(tokens * d), NAN);
     ktx::experts({*gate.weights, *up.weights, *down.weights, offset, tokens, 1, ids.data(), weights.data(), x.data(),
-                  false, y.data(), false});
+                  false, y.data(), false, false});
     const auto dot = [&](const Loaded& w, int64_t row) {
       double sum = 0.0;
       for (int64_t j = 0; j < d; ++j) {

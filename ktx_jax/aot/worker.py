@@ -22,7 +22,7 @@ from ktx_jax.aot.hlo import read_collectives
 from ktx_jax.engine.program import BY_SHARD
 from ktx_jax.engine.sampling import Draw
 from ktx_jax.engine.scheduler import Limits, Work
-from ktx_jax.engine.stage import FusedStage
+from ktx_jax.engine.stage import Dtypes, FusedStage
 from ktx_jax.engine.step import make_draw, next_tokens
 from ktx_jax.model.cache import Run
 from ktx_jax.sharding.devices import HOST
@@ -62,7 +62,9 @@ class _Compiler:
             abstract_stage(plan, index, stage_mesh(plan, index, bound), one_device_mesh(bound[HOST]), implementations)
             for index in range(len(plan.stages))
         ]
-        self._stages = [FusedStage(plan.config, loaded, limits, dtype=self._dtype) for loaded in self._loaded]
+        self._stages = [
+            FusedStage(plan.config, loaded, limits, dtypes=Dtypes(self._dtype, self._dtype)) for loaded in self._loaded
+        ]
 
     def step(self, index: int, size: StepSize) -> CompiledStep:
         """Lowers and compiles one program."""

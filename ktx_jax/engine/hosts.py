@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from ktx_jax.engine.likelihood import likelihood
 from ktx_jax.engine.sampling import Draw
 from ktx_jax.engine.scheduler import Limits
-from ktx_jax.engine.stage import Kind, Tail
+from ktx_jax.engine.stage import Dtypes, Kind, Tail
 from ktx_jax.engine.step import Steps, next_tokens, whole_logits
 from ktx_jax.errors import KtxError
 from ktx_jax.model.cache import Run
@@ -28,12 +28,12 @@ from ktx_jax.sharding.load import Implementations, Loaded
 from ktx_jax.sharding.plan import Plan
 
 
-def make_steps(config: Config, model: Loaded, limits: Limits, *, dtype: Any, link: Link | None) -> Steps:
+def make_steps(config: Config, model: Loaded, limits: Limits, *, dtypes: Dtypes, link: Link | None) -> Steps:
     """The steps of a model; over `link` where several processes have it."""
     if link is None:
-        return Steps(config, model, limits, dtype=dtype)
+        return Steps(config, model, limits, dtypes=dtypes)
     side = LeadingSteps if isinstance(link, Leader) else FollowingSteps
-    return side(config, model, limits, dtype=dtype, link=link)
+    return side(config, model, limits, dtypes=dtypes, link=link)
 
 
 def fingerprint(plan: Plan, limits: Limits, implementations: Implementations) -> dict[str, str]:
@@ -72,8 +72,8 @@ class Gathered:
 
 
 class _SharedSteps(Steps):
-    def __init__(self, config: Config, model: Loaded, limits: Limits, *, dtype: Any, link: Any):
-        super().__init__(config, model, limits, dtype=dtype)
+    def __init__(self, config: Config, model: Loaded, limits: Limits, *, dtypes: Dtypes, link: Any):
+        super().__init__(config, model, limits, dtypes=dtypes)
         self._link = link
 
     def _compute(self, run: Run, at: np.ndarray, extra: Any, tail: Tail, kind: Kind) -> Any:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from ktx_jax.engine.program import Bound
 from ktx_jax.engine.scheduler import Limits
-from ktx_jax.engine.stage import Kind, Tail, stage_cache
+from ktx_jax.engine.stage import Dtypes, Kind, Tail, stage_cache
 from ktx_jax.model.cache import Run
 from ktx_jax.model.config import Config
 from ktx_jax.model.modules import MLP, DecoderLayer, DeepseekV2ForCausalLM, Embedding, Experts, Linear, MoE, RMSNorm
@@ -118,12 +118,12 @@ class _Modules:
 class LayeredStage:
     """A stage that runs module by module, each where its parameters lie."""
 
-    def __init__(self, config: Config, loaded: LoadedStage, limits: Limits, *, dtype: Any):
-        self._dtype = dtype
+    def __init__(self, config: Config, loaded: LoadedStage, limits: Limits, *, dtypes: Dtypes):
+        self._dtype = dtypes.activations
         decode = _Modules(loaded, decode=True)
         same = loaded.prefill is loaded.decode
         self._modules = {True: decode, False: decode if same else _Modules(loaded, decode=False)}
-        self.cache = stage_cache(config, loaded, limits, dtype)
+        self.cache = stage_cache(config, loaded, limits, dtypes.cache)
         self._mesh = loaded.mesh
         self._streams = [loaded.streams.get(layer) for layer in loaded.layers]
 

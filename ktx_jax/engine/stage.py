@@ -24,6 +24,14 @@ Kind: TypeAlias = Literal["prefill", "decode", "stream"]
 """Of a step: prompts, one token a sequence, or prompts with weights that are brought to the devices."""
 
 
+@dataclass(frozen=True)
+class Dtypes:
+    """Of what the operations give each other, and of what the cache keeps."""
+
+    activations: Any
+    cache: Any
+
+
 @runtime_checkable
 class Stage(Protocol):
     """What one stage computes.
@@ -69,10 +77,10 @@ class _Whole:
 class FusedStage:
     """A stage whose parameters all lie on its devices: one program a step."""
 
-    def __init__(self, config: Config, loaded: LoadedStage, limits: Limits, *, dtype: Any):
-        self._dtype = dtype
+    def __init__(self, config: Config, loaded: LoadedStage, limits: Limits, *, dtypes: Dtypes):
+        self._dtype = dtypes.activations
         self._bound = {decode: _bind(loaded, decode) for decode in (False, True)}
-        self.cache = stage_cache(config, loaded, limits, dtype)
+        self.cache = stage_cache(config, loaded, limits, dtypes.cache)
 
     def __call__(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> Any:
         out, self.cache = self._bound[kind == "decode"](_Whole(self._dtype, tail), self.cache, x, run, at, extra)

@@ -12,7 +12,7 @@ from ktx_jax.engine.likelihood import likelihood
 from ktx_jax.engine.requests import Request
 from ktx_jax.engine.sampling import Draw, Drawn, sample
 from ktx_jax.engine.scheduler import Limits, Work
-from ktx_jax.engine.stage import FusedStage, Kind, Stage, Tail, copied_pages
+from ktx_jax.engine.stage import Dtypes, FusedStage, Kind, Stage, Tail, copied_pages
 from ktx_jax.model.cache import Run
 from ktx_jax.model.config import Config
 from ktx_jax.sharding.load import Loaded, LoadedStage
@@ -38,8 +38,8 @@ class Steps:
       depth: how many steps keep all stages busy.
     """
 
-    def __init__(self, config: Config, model: Loaded, limits: Limits, *, dtype: Any):
-        self.stages = [_stage(config, stage, limits, dtype) for stage in model.stages]
+    def __init__(self, config: Config, model: Loaded, limits: Limits, *, dtypes: Dtypes):
+        self.stages = [_stage(config, stage, limits, dtypes) for stage in model.stages]
         self.depth = len(self.stages)
 
     def sample(self, run: Run, at: Int[np.ndarray, "S L"], draw: Draw, *, kind: Kind) -> Drawn:
@@ -78,9 +78,9 @@ class Steps:
         return x
 
 
-def _stage(config: Config, loaded: LoadedStage, limits: Limits, dtype: Any) -> Stage:
+def _stage(config: Config, loaded: LoadedStage, limits: Limits, dtypes: Dtypes) -> Stage:
     kind = LayeredStage if loaded.apart else FusedStage
-    return kind(config, loaded, limits, dtype=dtype)
+    return kind(config, loaded, limits, dtypes=dtypes)
 
 
 def make_run(work: Work, limits: Limits) -> tuple[Run, Int[np.ndarray, "S L"]]:

@@ -47,18 +47,18 @@ class Linear(Cut):
         super().__init__(jax.random.normal(rngs.params(), shape) * _INIT_STD)
 
     def __call__(
-        self, x: Float[Array, "T K"], have: Axes = (), want: Axes = (), *, dtype: Any = None, precise: bool = False
+        self, x: Float[Array, "T K"], have: Axes = (), want: Axes = (), *, dtype: Any = None
     ) -> Float[Array, "T N"]:
         """x · weightᵀ; `have` and `want` are the cuts of the last dimensions of x and of the result."""
-        y = add_up(self.partial(x, have, dtype=dtype, precise=precise), self.cut[1])
+        y = add_up(self.partial(x, have, dtype=dtype), self.cut[1])
         return recut(y, self.cut[0], want)
 
-    def partial(self, x: jax.Array, have: Axes = (), *, dtype: Any = None, precise: bool = False) -> jax.Array:
+    def partial(self, x: jax.Array, have: Axes = (), *, dtype: Any = None) -> jax.Array:
         """What this device adds to the product: to be summed over `cut[1]`, its last dimension cut over `cut[0]`."""
         weight, axes = self.weight.get_value(), self.cut[1]
         x = recut(x, have, axes)
         x = into_blocks(x, weight.shape[1], offset_in_block(x.shape[-1], ops.block_size(weight), axes))
-        return ops.matmul(x, weight, dtype=dtype, precise=precise)
+        return ops.matmul(x, weight, dtype=dtype)
 
 
 class HeadLinear(Cut):
@@ -70,7 +70,7 @@ class HeadLinear(Cut):
         self.transposed = transposed
 
     def __call__(self, x: Float[Array, "T H K"]) -> Float[Array, "T H N"]:
-        return ops.head_matmul(x, self.weight.get_value(), transposed=self.transposed, precise=True)
+        return ops.head_matmul(x, self.weight.get_value(), transposed=self.transposed)
 
 
 class RMSNorm(Cut):
@@ -106,11 +106,7 @@ class Embedding(Linear):
 
 
 class Attention(nnx.Module):
-    """Multi-head latent attention (section 2.1), absorbed: k_b goes into the query, v_b follows the mixed latents.
-
-    What makes, asks and reads the latent is `precise`: an error there is met again by every later token, and these
-    products are a few hundredths of the model's.
-    """
+    """Multi-head latent attention (section 2.1), absorbed: k_b goes into the query, v_b follows the mixed latents."""
 
     gives_pages = True
 
@@ -146,7 +142,7 @@ class Attention(nnx.Module):
             q_rope = rotate(q_rope, cos, sin)
             q_latent = self.k_b_proj(q_nope)
         with jax.named_scope("latent"):
-            latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x, precise=True), [c.kv_lora_rank], axis=-1)
+            latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [c.kv_lora_rank], axis=-1)
             row = jnp.concatenate([self.kv_a_layernorm(latent), rotate(k_rope, cos, sin)], axis=-1)  # [T, R + P]
             pages = write(pages, row, run, implementation=self.implementation)
         with jax.named_scope("attend"):

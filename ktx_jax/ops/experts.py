@@ -25,7 +25,8 @@ def swiglu(
     """
     if isinstance(gate, HostArray) and isinstance(up, HostArray) and isinstance(down, HostArray):
         handles = (gate.handles, up.handles, down.handles)
-        return ktx_ffi.mlp(x, *handles, offset=None if down.shape[1] == gate.shape[0] else offset)
+        placed = None if down.shape[1] == gate.shape[0] else offset
+        return ktx_ffi.mlp(x, *handles, offset=placed, precise=down.precise)
     hidden = jax.nn.silu(matmul(x, gate)) * matmul(x, up)
     return matmul(into_blocks(hidden, down.shape[1], offset), down)
 
@@ -88,9 +89,8 @@ def experts(
     """
     if isinstance(gate, HostArray) and isinstance(up, HostArray) and isinstance(down, HostArray):
         handles = (gate.handles, up.handles, down.handles)
-        return ktx_ffi.experts(
-            x, ids, weights, *handles, offset=None if down.shape[2] == gate.shape[1] else offset
-        )  # fmt: skip
+        placed = None if down.shape[2] == gate.shape[1] else offset
+        return ktx_ffi.experts(x, ids, weights, *handles, offset=placed, precise=down.precise)
     if isinstance(gate, jax.Array) and isinstance(up, jax.Array) and isinstance(down, jax.Array):
         return _all_experts(x, ids, weights, gate, up, down)
     if isinstance(gate, PlanesArray) and isinstance(up, PlanesArray) and isinstance(down, PlanesArray):

@@ -63,16 +63,15 @@ def _tile_rows(rows: int, row_values: int) -> int:
     return next((rows // n for n in range(tiles, 2 * tiles) if rows % n == 0), most)
 
 
-def matmul(x: Float[Array, "T K"], w: Weight, *, dtype: Any = None, precise: bool = False) -> Float[Array, "T N"]:
+def matmul(x: Float[Array, "T K"], w: Weight, *, dtype: Any = None) -> Float[Array, "T N"]:
     """x · wᵀ for a weight `[N, K]`. A quantized weight is dequantized a tile of rows at a time.
 
     Each output value is one float32 sum over K, whichever tile its row falls in, rounded to `dtype` (x's own if None).
-    `precise` matters to the CPU kernels, which take activations as int8 with a scale: they then keep 15 bits.
     """
     dtype = dtype or x.dtype
     rows, k = w.shape
     if isinstance(w, HostArray):
-        return ktx_ffi.matmul(x, w.handles, rows, dtype=dtype, precise=precise)
+        return ktx_ffi.matmul(x, w.handles, rows, dtype=dtype, precise=w.precise)
     if isinstance(w, PlanesArray):
         from pallas_kernels.quantized_matmul import quantized_matmul
 
@@ -93,14 +92,12 @@ def matmul(x: Float[Array, "T K"], w: Weight, *, dtype: Any = None, precise: boo
     return jnp.concatenate([out, one_tile(w.data[whole:])], axis=1)
 
 
-def head_matmul(
-    x: Float[Array, "T H K"], w: Weight, *, transposed: bool = False, precise: bool = False
-) -> Float[Array, "T H N"]:
-    """x · wᵀ for each head: w is `[H, N, K]`, or `[H, K, N]` where `transposed`; `precise` as in `matmul`."""
+def head_matmul(x: Float[Array, "T H K"], w: Weight, *, transposed: bool = False) -> Float[Array, "T H N"]:
+    """x · wᵀ for each head: w is `[H, N, K]`, or `[H, K, N]` where `transposed`."""
     if isinstance(w, HostArray):
         if transposed:
             raise NotImplementedError("the CPU kernels read weights by rows: a transposed one must be loaded for XLA")
-        return ktx_ffi.batched_matmul(x, w.handles, w.shape[1], precise=precise)
+        return ktx_ffi.batched_matmul(x, w.handles, w.shape[1], precise=w.precise)
     if isinstance(w, PlanesArray):
         from pallas_kernels.quantized_matmul import batched_matmul
 

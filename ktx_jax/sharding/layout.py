@@ -14,9 +14,13 @@ from ktx_jax.quantized import HostArray, QuantizedArray
 from ktx_jax.sharding.choices import Spec
 from ktx_jax.sharding.granules import touched_blocks
 from ktx_jax.sharding.partition import cuts
-from ktx_jax.sharding.plan import PlacedParameter
+from ktx_jax.sharding.plan import PlacedParameter, Plan
 
 Form = Literal["dense", "blocks", "host"]
+
+# What makes, asks and reads the latent: an error there is met again by every later token, and these products are a few
+# hundredths of the model's. The CPU kernels keep fifteen bits of their inputs even where the run is not of float32.
+_LASTING = (".kv_a_proj_with_mqa", ".k_b_proj", ".v_b_proj")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Layout:
       ggml_type: in memory.
       spec: the mesh axes that cut each dimension.
       turned: whether its last two dimensions are swapped against the file's.
+      precise: as in `HostArray`.
     """
 
     path: str
@@ -38,6 +43,7 @@ class Layout:
     spec: Spec
     mesh: Mesh
     turned: bool = False
+    precise: bool = False
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -88,29 +94,28 @@ class Layout:
             return QuantizedArray(leaf, self.ggml_type)
         *lead, k = (size // parts for size, parts in zip(self.shape, self.cuts, strict=True))
         width = self.piece_blocks * GGML_QUANT_SIZES[self.ggml_type][0] if self.cuts[-1] > 1 else k
-        return HostArray(leaf, (*lead, width), self.ggml_type)
+        return HostArray(leaf, (*lead, width), self.ggml_type, self.precise)
 
     def abstract(self) -> Any:
         """The parameter with shapes and shardings in place of values."""
         return self.wrap(jax.ShapeDtypeStruct(self.leaf_shape, self.dtype, sharding=self.sharding))
 
 
-def layout_of(parameter: PlacedParameter, mesh: Mesh, op: str, *, k_b_transposed: bool) -> Layout:
-    """How a parameter lies for the implementation `op`.
+def layout_of(plan: Plan, parameter: PlacedParameter, mesh: Mesh, op: str) -> Layout:
+    """How a parameter of the plan lies for the implementation `op`.
 
-    Args:
-      k_b_transposed: whether the file holds k_b as the CPU kernels read it. They go by rows, so one that lies the other
-        way is turned, as float16: blocks cannot be.
+    The CPU kernels read k_b by rows: one that lies the other way is turned, as float16, since blocks cannot be.
     """
     kind, shape, spec = parameter.stored_type, parameter.shape, parameter.spec
     if len(shape) == 1 or (op != "ffi" and parameter.path.endswith(".mlp.gate")):
         return Layout(parameter.path, "dense", shape, kind, spec, mesh)
     if op != "ffi":
         return Layout(parameter.path, "blocks", shape, kind, spec, mesh)
-    if parameter.path.endswith(".k_b_proj") and not k_b_transposed:
+    precise = plan.dtype == "float32" or parameter.path.endswith(_LASTING)
+    if parameter.path.endswith(".k_b_proj") and not plan.config.k_b_transposed:
         shape, spec = (shape[0], shape[2], shape[1]), (spec[0], spec[2], spec[1])
-        return Layout(parameter.path, "host", shape, GGMLQuantizationType.F16, spec, mesh, turned=True)
-    return Layout(parameter.path, "host", shape, kind, spec, mesh)
+        return Layout(parameter.path, "host", shape, GGMLQuantizationType.F16, spec, mesh, turned=True, precise=precise)
+    return Layout(parameter.path, "host", shape, kind, spec, mesh, precise=precise)
 
 
 def grid(layout: Layout, handles: dict[tuple[int, ...], int]) -> np.ndarray:

@@ -146,15 +146,14 @@ def _streams(
         for name, path in paths.items():
             p = by_path[path]
             op = p.ops.prefill or implementations.devices
-            layout = layout_of(p, meshes[p.stage], op, k_b_transposed=plan.config.k_b_transposed)
+            layout = layout_of(plan, p, meshes[p.stage], op)
             items[name] = (layout, sources[path])
         streams[layer] = streamed_experts(plan.config, items, Reader(gguf, repack=False))
     return streams
 
 
 def _layout(plan: Plan, parameter: PlacedParameter, mesh: Mesh, host: Mesh, op: str) -> Layout:
-    where = host if plan.is_apart(parameter) else mesh
-    return layout_of(parameter, where, op, k_b_transposed=plan.config.k_b_transposed)
+    return layout_of(plan, parameter, host if plan.is_apart(parameter) else mesh, op)
 
 
 def abstract_stage(plan: Plan, index: int, mesh: Mesh, host: Mesh, implementations: Implementations) -> LoadedStage:
