@@ -26,30 +26,48 @@ from ktx_jax.tokenizer import Tokenizer
 
 def closed(**properties: Any) -> dict[str, Any]:
     return {
-        "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
     }  # fmt: skip
 
 
 STRING, INTEGER, NUMBER = ({"type": kind} for kind in ("string", "integer", "number"))
 TYPICAL = {
     "flat": closed(name=STRING, age=INTEGER, score=NUMBER, active={"type": "boolean"}),
-    "list": closed(items={"type": "array", "items": closed(id=INTEGER, title=STRING, tags={"type": "array", "items": STRING})}),
-    "choices": closed(unit={"enum": ["celsius", "fahrenheit"]}, place=STRING, when={"anyOf": [STRING, {"type": "null"}]}),
-    "tree": {"$ref": "#/$defs/node", "$defs": {"node": closed(
-        value=INTEGER, children={"type": "array", "items": {"$ref": "#/$defs/node"}})}},
+    "list": closed(
+        items={"type": "array", "items": closed(id=INTEGER, title=STRING, tags={"type": "array", "items": STRING})}
+    ),
+    "choices": closed(
+        unit={"enum": ["celsius", "fahrenheit"]}, place=STRING, when={"anyOf": [STRING, {"type": "null"}]}
+    ),
+    "tree": {
+        "$ref": "#/$defs/node",
+        "$defs": {"node": closed(value=INTEGER, children={"type": "array", "items": {"$ref": "#/$defs/node"}})},
+    },
     "any object": {"type": "object"},
-}  # fmt: skip
+}
 HARD = {
-    "bounds": closed(a={"type": "integer", "minimum": -5, "maximum": 37}, b={"type": "number", "exclusiveMinimum": 0, "maximum": 1.5}),
-    "pattern": closed(code={"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3,5}$"}, word={"type": "string", "minLength": 3, "maxLength": 8}),
+    "bounds": closed(
+        a={"type": "integer", "minimum": -5, "maximum": 37}, b={"type": "number", "exclusiveMinimum": 0, "maximum": 1.5}
+    ),
+    "pattern": closed(
+        code={"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3,5}$"},
+        word={"type": "string", "minLength": 3, "maxLength": 8},
+    ),
     "counts": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 3, "maxItems": 5},
     "formats": closed(day={"type": "string", "format": "date"}, id={"type": "string", "format": "uuid"}),
-    "all of": {"allOf": [{"type": "object", "properties": {"a": INTEGER}, "required": ["a"]},
-                         {"type": "object", "properties": {"b": STRING}, "required": ["b"]}]},
+    "all of": {
+        "allOf": [
+            {"type": "object", "properties": {"a": INTEGER}, "required": ["a"]},
+            {"type": "object", "properties": {"b": STRING}, "required": ["b"]},
+        ]
+    },
     "one of": {"oneOf": [closed(kind={"const": "x"}, n=INTEGER), closed(kind={"const": "y"}, s=STRING)]},
     "tuple": {"type": "array", "prefixItems": [STRING, INTEGER], "items": False, "minItems": 2},
     "multiple": closed(n={"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 100}),
-}  # fmt: skip
+}
 
 
 class Walker(Protocol):
