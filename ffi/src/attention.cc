@@ -77,10 +77,12 @@ class AttentionRun {
     make_groups();
     if (groups_.empty()) return;
     const int64_t count = static_cast<int64_t>(groups_.size());
-    make_blocks(std::clamp<int64_t>(count / (4 * threads()), 1, kGroupsTogether));
     const int64_t chunks = (longest_ + kChunk - 1) / kChunk;
     const size_t split_bytes = static_cast<size_t>(count * chunks) * state_bytes_;
-    if (count < 2 * threads() && chunks > 1 && split_bytes <= kSplitBytes) return run_split(chunks);
+    make_blocks(kGroupsTogether);
+    const bool few = static_cast<int64_t>(blocks_.size()) < 2 * threads();
+    if (few && chunks > 1 && split_bytes <= kSplitBytes) return run_split(chunks);
+    make_blocks(std::clamp<int64_t>(count / (4 * threads()), 1, kGroupsTogether));
     // Later tokens attend more rows: the longest work comes first.
     parallel_for(static_cast<int64_t>(blocks_.size()),
                  [&](int64_t i) { whole_block(blocks_[blocks_.size() - 1 - static_cast<size_t>(i)]); });
@@ -103,6 +105,7 @@ class AttentionRun {
   }
 
   void make_blocks(int64_t together) {
+    blocks_.clear();
     for (size_t i = 0; i < groups_.size(); ++i) {
       const int64_t sequence = call_.sequence[groups_[i].token];
       const bool joins = !blocks_.empty() && blocks_.back().sequence == sequence &&
@@ -118,6 +121,11 @@ class AttentionRun {
     const int64_t row = page * call_.page_size + position % call_.page_size;
     const int64_t size = (shape_.latent + shape_.rope) * (call_.cache_bf16 ? 2 : 4);
     return static_cast<const uint8_t*>(call_.cache) + row * size;
+  }
+
+  // Rows of a block's sequence from `begin` on; nullptr behind the last.
+  void tile_rows(const Block& b, int64_t begin, const void** rows) const {
+    for (int i = 0; i < kTilePositions; ++i) rows[i] = begin + i < b.length ? cache_row(b.sequence, begin + i) : nullptr;
   }
 
   void pack_query(const Group& g, uint8_t* out) const {
@@ -144,11 +152,14 @@ class AttentionRun {
   // One chunk of positions for every group of a block, each into its own state.
   void chunk(const Block& b, int64_t first, const uint8_t* queries, uint8_t* tile, float* const* states) const {
     const int64_t last = std::min(first + kChunk, b.length);
-    for (int64_t begin = first; begin < last; begin += kTilePositions) {
+    const void* pointers[2][kTilePositions];
+    const void** rows = pointers[0];
+    const void** ahead = pointers[1];  // the rows of the next tile, which are fetched meanwhile, of the next chunk too
+    tile_rows(b, first, rows);
+    for (int64_t begin = first; begin < last; begin += kTilePositions, std::swap(rows, ahead)) {
       const int n = static_cast<int>(std::min<int64_t>(kTilePositions, last - begin));
-      const void* rows[kTilePositions];
-      for (int i = 0; i < n; ++i) rows[i] = cache_row(b.sequence, begin + i);
-      kernels_.pack_tile(shape_, rows, n, call_.cache_bf16, tile);
+      tile_rows(b, begin + kTilePositions, ahead);
+      kernels_.pack_tile(shape_, rows, ahead, n, call_.cache_bf16, tile);
       for (size_t g = b.first; g < b.last; ++g) {
         const int valid = static_cast<int>(std::min<int64_t>(n, groups_[g].length - begin));
         if (valid <= 0) continue;
@@ -184,43 +195,47 @@ class AttentionRun {
     }
   }
 
-  // Few groups over long contexts: every chunk is a unit of work. Blocks are of one group here.
+  // Few blocks over long contexts: every chunk is a unit of work.
   void run_split(int64_t chunks) const {
-    const int64_t count = static_cast<int64_t>(blocks_.size());
+    const int64_t count = static_cast<int64_t>(groups_.size());
     const size_t query_total = static_cast<size_t>(count) * query_bytes_;
     Scratch scratch(query_total + static_cast<size_t>(count * chunks) * state_bytes_ + 64);
     uint8_t* queries = scratch.take<uint8_t>(query_total);
     float* states = scratch.take<float>(static_cast<size_t>(count * chunks * shape_.state_floats()));
-    const auto state = [&](int64_t block, int64_t c) { return states + (block * chunks + c) * shape_.state_floats(); };
-    for (int64_t i = 0; i < count; ++i) pack_query(group_of(i), queries + static_cast<size_t>(i) * query_bytes_);
-    parallel_for(count * chunks, [&](int64_t unit) {
-      const int64_t i = unit / chunks;
+    const auto state = [&](size_t group, int64_t c) {
+      return states + (static_cast<int64_t>(group) * chunks + c) * shape_.state_floats();
+    };
+    for (size_t i = 0; i < groups_.size(); ++i) pack_query(groups_[i], queries + i * query_bytes_);
+    parallel_for(static_cast<int64_t>(blocks_.size()) * chunks, [&](int64_t unit) {
       const int64_t c = unit % chunks;
-      const Block& b = blocks_[static_cast<size_t>(i)];
+      const Block& b = blocks_[static_cast<size_t>(unit / chunks)];
       if (c * kChunk >= b.length) return;
-      float* mine = state(i, c);
-      kernels_.reset(shape_, mine);
+      float* mine[kGroupsTogether];
+      for (size_t g = b.first; g < b.last; ++g) {
+        mine[g - b.first] = state(g, c);
+        kernels_.reset(shape_, state(g, c));
+      }
       uint8_t* tile = thread_memory(ThreadSlot::kHidden, tile_bytes_);
-      chunk(b, c * kChunk, queries + static_cast<size_t>(i) * query_bytes_, tile, &mine);
+      chunk(b, c * kChunk, queries + b.first * query_bytes_, tile, mine);
     });
     // Merging reads every chunk's state: heads are spread over threads too.
     constexpr int kHeads = 4;
     parallel_for(count * kHeadLanes / kHeads, [&](int64_t unit) {
-      const int64_t i = unit / (kHeadLanes / kHeads);
+      const size_t i = static_cast<size_t>(unit / (kHeadLanes / kHeads));
+      const Group& g = groups_[i];
       const int first = static_cast<int>(unit % (kHeadLanes / kHeads)) * kHeads;
-      const int last = std::min(first + kHeads, group_of(i).heads);
+      const int last = std::min(first + kHeads, g.heads);
       if (first >= last) return;
       float* mean = means(state(i, 0));
       alignas(64) float tops[2 * kHeadLanes];
       std::memcpy(tops, state(i, 0), sizeof tops);
-      const int64_t used = (blocks_[static_cast<size_t>(i)].length + kChunk - 1) / kChunk;
+      const int64_t used = (g.length + kChunk - 1) / kChunk;
       for (int64_t c = 1; c < used; ++c) kernels_.merge(shape_, state(i, c), tops, mean, first, last);
-      write(group_of(i), tops, mean, first, last);
+      write(g, tops, mean, first, last);
     });
   }
 
   static float* means(float* state) { return state + 2 * kHeadLanes; }
-  const Group& group_of(int64_t block) const { return groups_[blocks_[static_cast<size_t>(block)].first]; }
 
   const AttentionCall& call_;
   const AttentionKernels& kernels_;

@@ -34,7 +34,9 @@ void pack_query_f32(const LatentShape& shape, const float* latent, const float* 
   }
 }
 
-void pack_tile_f32(const LatentShape& shape, const void* const* rows, int n, bool bf16, uint8_t* out) {
+void pack_tile_f32(const LatentShape& shape, const void* const* rows, const void* const* ahead, int n, bool bf16,
+                   uint8_t* out) {
+  for (int s = 0; s < n; ++s) fetch_row(ahead[s], (bf16 ? 2 : 4) * (shape.latent + shape.rope));
   float* packed = reinterpret_cast<float*>(out);
   for (int64_t i = 0; i < shape.padded_width(); i += 16) {
     float* block = packed + i * kTilePositions;

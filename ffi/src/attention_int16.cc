@@ -6,7 +6,8 @@
 // Each part (latent, rope) of a cache row and of a query has a scale. Queries are [width / 2, 16 heads, 2]. A tile is
 // there twice: by rows for the scores, [width / 32, 64 rows, 32], where lanes are heads and a pair of cache values is
 // broadcast; and by pairs of rows for the weighted sum, [latent / 32, 32 pairs, 2, 16, 2], where lanes are latent values
-// and a pair of weights is broadcast. The two vectors of a pair hold values 0-3, 8-11, 16-19, 24-27 of 32 and the
+// and a pair of weights is broadcast. The first axis has room for a cache line more: else a row's blocks would all fall
+// into one set of the first-level cache. The two vectors of a pair hold values 0-3, 8-11, 16-19, 24-27 of 32 and the
 // others, and so does the state. Sums of products fit 32 bits by the choice of levels.
 #include <algorithm>
 #include <cstring>
@@ -20,6 +21,7 @@
 namespace ktx {
 namespace {
 
+constexpr int64_t kBlock = 32 * kTilePositions + 32;  // values from one block of 32 columns to the next
 constexpr float kCacheLevels = 2047.0f;
 constexpr float kWeightLevels = 16383.0f;  // 64 of them times cache levels
 constexpr float kNothing = 1e-30f;         // what is smaller counts as zero: its inverse may not be finite
@@ -47,22 +49,22 @@ struct Query {
 };
 
 struct Rows {
-  int16_t* latent;  // [padded_latent / 32, 64, 32]
+  int16_t* latent;  // [padded_latent / 32, kBlock], of which 64, 32
   int16_t* rope;
-  int16_t* pairs;  // [padded_latent / 32, 32, 2, 16, 2]
+  int16_t* pairs;  // [padded_latent / 32, kBlock], of which 32, 2, 16, 2
   float* latent_scale;  // [64]
   float* rope_scale;
 
   Rows(const LatentShape& shape, const uint8_t* p)
       : latent(reinterpret_cast<int16_t*>(const_cast<uint8_t*>(p))),
-        rope(latent + shape.padded_latent() * kTilePositions),
-        pairs(latent + shape.padded_width() * kTilePositions),
-        latent_scale(reinterpret_cast<float*>(pairs + shape.padded_latent() * kTilePositions)),
+        rope(latent + shape.padded_latent() / 32 * kBlock),
+        pairs(latent + shape.padded_width() / 32 * kBlock),
+        latent_scale(reinterpret_cast<float*>(pairs + shape.padded_latent() / 32 * kBlock)),
         rope_scale(latent_scale + kTilePositions) {}
 
   static size_t bytes(const LatentShape& shape) {
-    const int64_t values = shape.padded_width() + shape.padded_latent();
-    return static_cast<size_t>(values * kTilePositions) * sizeof(int16_t) + 2 * kTilePositions * sizeof(float);
+    const int64_t blocks = (shape.padded_width() + shape.padded_latent()) / 32;
+    return static_cast<size_t>(blocks * kBlock) * sizeof(int16_t) + 2 * kTilePositions * sizeof(float);
   }
 };
 
@@ -118,7 +120,7 @@ float pack_row(const uint16_t* row, int64_t n, int16_t* out) {
   bits = _mm512_max_epu32(_mm512_srli_epi32(bits, 16), _mm512_and_si512(bits, _mm512_set1_epi32(0xffff)));
   const float top = float_from_bits(_mm512_reduce_max_epu32(bits) << 16);
   const F32 inverse = set_f(top > kNothing && top < __builtin_inff() ? kCacheLevels / top : 0.0f);
-  for (int64_t i = 0; i < n; i += 32, out += 32 * kTilePositions) {
+  for (int64_t i = 0; i < n; i += 32, out += kBlock) {
     const __m512i v = _mm512_maskz_loadu_epi16(first_of_32(n - i), row + i);
     // As float32, in the order that packing undoes.
     const F32 a = _mm512_castsi512_ps(_mm512_unpacklo_epi16(_mm512_setzero_si512(), v));
@@ -130,21 +132,22 @@ float pack_row(const uint16_t* row, int64_t n, int16_t* out) {
   return top < __builtin_inff() ? top / kCacheLevels : __builtin_nanf("");
 }
 
-void pack_tile(const LatentShape& shape, const void* const* rows, int n, bool, uint8_t* out) {
+void pack_tile(const LatentShape& shape, const void* const* rows, const void* const* ahead, int n, bool, uint8_t* out) {
   const Rows tile(shape, out);
   for (int s = 0; s < n; ++s) {
+    fetch_row(ahead[s], 2 * (shape.latent + shape.rope));
     const uint16_t* row = static_cast<const uint16_t*>(rows[s]);
     tile.latent_scale[s] = pack_row(row, shape.latent, tile.latent + 32 * s);
     tile.rope_scale[s] = pack_row(row + shape.latent, shape.rope, tile.rope + 32 * s);
   }
   // Rows up to the next block of 16 are multiplied too, their scores unused.
   for (int s = n; s % 16 != 0; ++s) {
-    for (int64_t i = 0; i < shape.padded_width(); i += 32) {
-      _mm512_store_si512(tile.latent + i * kTilePositions + 32 * s, _mm512_setzero_si512());
+    for (int64_t b = 0; b < shape.padded_width() / 32; ++b) {
+      _mm512_store_si512(tile.latent + b * kBlock + 32 * s, _mm512_setzero_si512());
     }
     tile.latent_scale[s] = tile.rope_scale[s] = 0.0f;
   }
-  for (int64_t i = 0; i < shape.padded_latent() * kTilePositions; i += 32 * kTilePositions) {
+  for (int64_t i = 0; i < shape.padded_latent() / 32 * kBlock; i += kBlock) {
     for (int s = 0; s < n; s += 2) {
       const __m512i even = load_words(tile.latent + i + 32 * s);
       const __m512i odd = load_words(tile.latent + i + 32 * (s + 1));  // zeros where there are no more rows
@@ -158,7 +161,7 @@ void pack_tile(const LatentShape& shape, const void* const* rows, int n, bool, u
 KTX_INLINE void products(int64_t width, const int16_t* q, const int16_t* rows, I32 (&acc)[16]) {
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) acc[r] = set_i(0);
-  for (int64_t i = 0; i < width; i += 32, rows += 32 * kTilePositions) {
+  for (int64_t i = 0; i < width; i += 32, rows += kBlock) {
 #pragma GCC unroll 2
     for (int c = 0; c < 32; c += 2, q += 2 * kHeadLanes) {
       const __m512i pairs = load_words(q);
@@ -240,7 +243,7 @@ void attend(const LatentShape& shape, const uint8_t* query, const uint8_t* tile_
   store_f(weight_scale, weight_levels(weights, valid, tile.latent_scale, levels));
   const int64_t width = shape.padded_latent();
   for (int64_t i = 0; i < width; i += 32) {
-    const int16_t* pairs = tile.pairs + i * kTilePositions;
+    const int16_t* pairs = tile.pairs + i / 32 * kBlock;
     weighted_sum(pairs, levels, valid, weight_scale, fade, s.mean + i, width);
     weighted_sum(pairs + 32, levels, valid, weight_scale, fade, s.mean + i + 16, width);
   }

@@ -21,14 +21,22 @@ struct LatentShape {
   int64_t state_floats() const { return kHeadLanes * (2 + padded_latent()); }
 };
 
+// Into the second-level cache.
+inline void fetch_row(const void* row, int64_t bytes) {
+  if (row == nullptr) return;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(row) + i, 0, 2);
+}
+
 struct AttentionKernels {
   // Of a packed query and of a packed tile, multiples of 64.
   size_t (*query_bytes)(const LatentShape& shape);
   size_t (*tile_bytes)(const LatentShape& shape);
   // Packs `heads` <= 16 rows of float32 queries.
   void (*pack_query)(const LatentShape& shape, const float* latent, const float* rope, int heads, uint8_t* out);
-  // Packs n <= 64 cache rows, bfloat16 or float32.
-  void (*pack_tile)(const LatentShape& shape, const void* const* rows, int n, bool bf16, uint8_t* out);
+  // Packs n <= 64 cache rows, bfloat16 or float32; fetches `ahead`, rows that will be packed next, [n] or fewer, the rest
+  // nullptr.
+  void (*pack_tile)(const LatentShape& shape, const void* const* rows, const void* const* ahead, int n, bool bf16,
+                    uint8_t* out);
   // Begins a state that has seen nothing.
   void (*reset)(const LatentShape& shape, float* state);
   // Attends the first `valid` rows of a tile.
