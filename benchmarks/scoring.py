@@ -2,23 +2,30 @@
 """Scoring beside raw prefill: the same texts, the same engine, one run. See README.md.
 
     python benchmarks/scoring.py MODEL [--implementation ffi] [--rounds 3]
+    python benchmarks/scoring.py MODEL --peers peers/bin/python [--questions 16]
 
 Raw prefill runs the texts' tokens through full prefill steps, the head on each sequence's last token only. Scoring
 gives every token's log-probability (perplexity), or those of short continuations of shared contexts (multiple choice).
+
+With --peers, an interpreter that has llama-cpp-python[server], a multiple-choice task of lm-evaluation-harness instead
+(which needs `lm-eval[api]` here): by our model, and by `local-completions` over that server, one after another.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from ktx_jax import LLM, SamplingParams
 from ktx_jax.engine.branches import Window
+from ktx_jax.tokenizer import Tokenizer
 
 
 def sequences(llm: LLM, count: int, length: int) -> np.ndarray:
@@ -58,6 +65,43 @@ def rate(work: Callable[[LLM, np.ndarray], int], llm: LLM, rows: np.ndarray) -> 
     return work(llm, rows) / (time.perf_counter() - begun)
 
 
+def against_llama(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Seconds of a task by each; a smaller one is run first by all, so that nothing is compiled or read meanwhile."""
+    from parts import harness
+
+    found: dict[str, harness.Answers] = {}
+    tokenizer = Tokenizer.from_gguf(options.model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        harness.write_task(folder, "warm", 2, options.length // 2)
+        harness.write_task(folder, "choices", options.questions, options.length // 2)
+        for how, repack in {"llama.cpp, repacked": True, "llama.cpp, not repacked": False}.items():
+            log = folder / "server.log"
+            with harness.llama_server(
+                options.peers, options.model, context=4 * options.length, repack=repack, log=log
+            ) as url:
+                peer = harness.Peer(tokenizer, url, 4 * options.length)
+                harness.evaluate(peer, folder, "warm")
+                found[how] = harness.evaluate(peer, folder, "choices")
+        llm = load(options, 4 * options.length)
+        for task in ("warm", "choices"):  # the first compiles for two questions only: so once more
+            harness.evaluate(harness.ours(llm), folder, task)
+        found["ktx-jax"] = harness.evaluate(harness.ours(llm), folder, "choices")
+    ours = found["ktx-jax"]
+    for how, one in found.items():
+        apart = np.abs(one.logprobs - ours.logprobs).mean()
+        print(f"{how:24} {one.seconds:8.2f} s   accuracy {one.accuracy:.2f}   {one.seconds / ours.seconds:6.2f} x ours"
+              f"   log-probabilities apart by {apart:.3f} of {np.abs(ours.logprobs).mean():.1f} nats")  # fmt: skip
+    return {how: {"seconds": one.seconds, "accuracy": one.accuracy} for how, one in found.items()}
+
+
+def load(options: argparse.Namespace, context: int) -> LLM:
+    return LLM(
+        options.model, implementation=options.implementation, dtype=options.dtype, batch=options.batch,
+        context=context, repack=not options.no_repack,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a GGUF file")
@@ -68,11 +112,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--rounds", type=int, default=3, help="how often the three take turns")
     parser.add_argument("--no-repack", action="store_true", help="read the mapped file as it is")
+    parser.add_argument("--peers", metavar="PYTHON", help="compare with llama-cpp-python's server, by this interpreter")
+    parser.add_argument("--questions", type=int, default=16, help="of four choices each, with --peers")
     options = parser.parse_args()
-    llm = LLM(
-        options.model, implementation=options.implementation, dtype=options.dtype, batch=options.batch,
-        context=2 * options.length, repack=not options.no_repack,
-    )  # fmt: skip
+    if options.peers:
+        print(json.dumps({"model": options.model.name, "task": against_llama(options)}))
+        return
+    llm = load(options, 2 * options.length)
     rows = sequences(llm, options.count, options.length)
     works = {"prefill": prefill, "every token": every_token, "choices": choices}
     for work in works.values():

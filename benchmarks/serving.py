@@ -2,9 +2,13 @@
 """The engine under many requests at once: what a batch gains, and how long a newcomer waits.
 
     python benchmarks/serving.py MODEL [--batch 8] [--chunk 128] [--json out.json]
+    python benchmarks/serving.py MODEL --soak MINUTES [--streams 64]
 
 Prompts are random tokens, each its own, so that the prefix cache helps only where a second turn is measured. Every
 program is compiled before anything is timed.
+
+With --soak, a server in a process of its own and so many clients at once, which ask, leave and hang up at random: every
+complete reply has to be that of the same request alone, and at the end every page free; the server's memory is printed.
 """
 
 import argparse
@@ -12,13 +16,15 @@ import asyncio
 import json
 import os
 import statistics
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ktx_jax import LLM, AsyncEngine, SamplingParams
+from ktx_jax import LLM, AsyncEngine, SamplingParams, load_config
 
 
 @dataclass
@@ -54,16 +60,6 @@ class Bench:
             reply.cached = stream.cached_tokens
         return reply
 
-    async def warm(self) -> None:
-        """Runs steps of every length that the measurements use."""
-        for size in range(1, self.args.batch + 1):
-            await asyncio.gather(*[self.ask(self.prompt(4), 3) for _ in range(size)])
-        for length in {1, 16, 32, 64, 100, self.args.short, self.args.chunk, self.args.chunk * 3}:
-            await asyncio.gather(self.ask(self.prompt(length), 2), self.ask(self.prompt(8), 4))
-            await self.ask(self.prompt(length), 1)
-        if self.args.chunk > 16:
-            await asyncio.gather(*[self.ask(self.prompt(n), 8) for n in (self.args.chunk * 4, self.args.short, 16)])
-
     async def rate(self, count: int) -> float:
         """Tokens a second of `count` replies that run together, from where all of them have begun."""
         replies = await asyncio.gather(*[self.ask(self.prompt(16), self.args.reply) for _ in range(count)])
@@ -91,7 +87,9 @@ class Bench:
 
     async def measure(self) -> dict[str, Any]:
         args = self.args
-        await self.warm()
+        begun = time.perf_counter()
+        programs = self.engine.warm_up()
+        print(f"{programs} programs compiled, or found compiled, in {time.perf_counter() - begun:.1f} s", flush=True)
         found: dict[str, list[float]] = {}
 
         def note(name: str, value: float) -> None:
@@ -134,10 +132,34 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **about,
         **settings,
-        "programs": llm._engine.compiled,
         "preemptions": stats.preemptions,
         "results": measured,
     }
+
+
+def soak(args: argparse.Namespace) -> bool:
+    """Runs a server and its clients; whether all held."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    import soak
+    from serving import REAL, serving
+
+    options = ["--name", "it", "--context", str(args.context), "--batch", str(args.batch)]
+    if args.implementation:
+        options += ["--implementation", args.implementation]
+    with serving(REAL, args.model, *options) as server:
+        soak.until(lambda: server.ask("/ready")[0] == 200, server.log, 3600)
+        print(server.log[-2].strip(), flush=True)
+        vocabulary = load_config(args.model).vocab_size
+        bodies = soak.requests("it", args.requests, vocabulary, args.context)
+        report = soak.soak(server, bodies, args.streams, 60 * args.soak, every=10)
+    fates = ", ".join(f"{count} {fate}" for fate, count in sorted(report.fates.items()))
+    print(f"{args.streams} streams for {args.soak:g} minutes: {fates}")
+    print(f"{len(report.wrong)} wrong, {report.lost} pages lost")
+    print("memory, MB:", " ".join(f"{value / 1e6:.0f}" for value in report.memory))
+    print(f"grown in the second half: {report.grown / 1e6:.1f} MB")
+    for wrong in report.wrong[:5]:
+        print(wrong)
+    return not report.wrong and not report.lost
 
 
 def main() -> None:
@@ -155,7 +177,13 @@ def main() -> None:
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} ({default})")
     parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="many clients that come and go, for so long")
+    parser.add_argument("--streams", type=int, default=64, help="with --soak: clients at once (64)")
+    parser.add_argument("--requests", type=int, default=48, help="with --soak: different requests (48)")
+    parser.add_argument("--context", type=int, default=512, help="with --soak: most tokens of a request (512)")
     args = parser.parse_args()
+    if args.soak:
+        sys.exit(not soak(args))
     result = asyncio.run(run(args))
     print(f"\n{result['model']}, {result['implementation']}, load {result['load']:.1f}")
     for name, values in result["results"].items():

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ktx_jax.engine.engine import Stats
+from ktx_jax.engine.grammar import prepare_grammars
 from ktx_jax.engine.reply import Chunk, Reader
 from ktx_jax.engine.requests import Request, SamplingParams, TokenLogprob
 from ktx_jax.errors import KtxError
@@ -197,6 +198,15 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="ktx-jax engine", daemon=True)
         self._thread.start()
         atexit.register(self._stop, 0.0)  # a thread inside XLA while the process is taken down would crash it
+
+    def warm_up(self) -> int:
+        """Compiles all that requests may need, and makes ready what grammars need, so that no request waits for either.
+
+        Takes its time: not for the thread of an event loop. Returns how many programs there are.
+        """
+        with contextlib.suppress(KtxError):  # without llguidance there are no grammars
+            prepare_grammars(self.llm.tokenizer)
+        return self._engine.warm_up()
 
     def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None, *, deadline: int | float | None = None

@@ -2,11 +2,32 @@
 """Shared fixtures."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def compilations() -> Iterator[Callable[[], int]]:
+    """Gives how many programs JAX has compiled, or taken from its cache on disk, since it was last asked."""
+    names: list[str] = []
+
+    def hear(event: str, duration_secs: float, **kwargs: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(event)
+
+    def since() -> int:
+        count = len(names)
+        names.clear()
+        return count
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    yield since
+    jax.monitoring.unregister_event_duration_listener(hear)
 
 
 @pytest.fixture(scope="session")

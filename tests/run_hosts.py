@@ -14,6 +14,17 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} " +
 import ktx_jax  # noqa: E402
 
 PROMPTS = [list(range(40, 52)), [7, 8]]
+# Beginnings in common that end inside a page, so that pages are copied; more tokens than one step has room for.
+PAIRS = [([*range(40, 60), i], list(range(i, i + 30))) for i in range(20)]
+
+
+def answers(llm: ktx_jax.LLM, greedy: ktx_jax.SamplingParams) -> dict[str, list]:
+    return {
+        "replies": [reply.token_ids for reply in llm.generate(PROMPTS, greedy)],
+        "scores": [score.logprobs.tolist() for score in llm.score(PAIRS)],
+        "rolling": [score.logprobs.tolist() for score in llm.rolling([list(range(9, 200))])],
+        "logits": llm.logits(PROMPTS[0]).tolist(),
+    }
 
 
 def main() -> None:
@@ -28,7 +39,7 @@ def main() -> None:
         llm.follow()
         return
     greedy = ktx_jax.SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=1)
-    print("answers", json.dumps([reply.token_ids for reply in llm.generate(PROMPTS, greedy)]), flush=True)
+    print("answers", json.dumps(answers(llm, greedy)), flush=True)
     for line in sys.stdin:
         while line.strip() == "on":
             llm.generate(PROMPTS, greedy)

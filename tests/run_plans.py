@@ -23,6 +23,9 @@ from ktx_jax import LLM, Rules, SamplingParams
 
 PROMPTS = [list(range(40, 60)), [7, 300, 5]]
 LONG = [*range(1000, 1040), *range(2000, 2020)]
+# Scored on meshes and beside experts on the host: beginnings in common that end inside a page, which is copied.
+SCORED = ("8gpu-data", "cpu-experts")
+PAIRS = [([*range(40, 60), i], list(range(i, i + 30))) for i in range(60, 72)]
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 
 
@@ -32,6 +35,13 @@ def load(path: Path, implementation: str, rules: Rules | None = None) -> LLM:
 
 def answers(llm: LLM) -> list[list[int]]:
     return [list(reply.token_ids) for reply in llm.generate(PROMPTS, GREEDY)]
+
+
+def scores(llm: LLM) -> tuple[np.ndarray, int]:
+    """Log-probabilities of all the pairs' tokens, and how often pages were copied."""
+    copies, copy_pages = [], llm._engine.steps.copy_pages
+    llm._engine.steps.copy_pages = lambda *pages: copies.append(pages) or copy_pages(*pages)
+    return np.concatenate([score.logprobs for score in llm.score(PAIRS)]), len(copies)
 
 
 def bytes_by_device(llm: LLM) -> dict[str, list[int]]:
@@ -53,10 +63,10 @@ def in_terms_of(text: str, implementation: str) -> str:
 
 
 @cache
-def alone(path: Path, implementation: str) -> tuple[np.ndarray, list[list[int]]]:
-    """What the model answers on one device."""
+def alone(path: Path, implementation: str) -> tuple[np.ndarray, list[list[int]], np.ndarray]:
+    """What the model answers on one device, and how likely it finds the pairs."""
     llm = load(path, implementation)
-    return llm.logits(LONG), answers(llm)
+    return llm.logits(LONG), answers(llm), scores(llm)[0]
 
 
 def main(folder: Path) -> None:
@@ -64,7 +74,7 @@ def main(folder: Path) -> None:
         text, layers = cut_layers(config.read_text(encoding="utf-8"))
         path = small_model(SHAPES[config.parent.name], layers, folder)
         for implementation in ("xla", "ffi"):
-            logits, replies = alone(path, implementation)
+            logits, replies, likely = alone(path, implementation)
             llm = load(path, implementation, Rules.from_text(in_terms_of(text, implementation), config.name))
             found = {
                 "config": f"{config.parent.name}/{config.stem}",
@@ -74,6 +84,9 @@ def main(folder: Path) -> None:
                 "same": answers(llm) == replies,
                 "bytes": bytes_by_device(llm),
             }
+            if config.stem in SCORED:
+                scored, copies = scores(llm)
+                found |= {"scores_apart": float(np.abs(scored - likely).max()), "copies": copies}
             print(json.dumps(found), flush=True)
 
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ["-m", "ktx_jax.cli", "serve"]
 FAKE = [str(ROOT / "tests" / "fake_server.py"), "serve"]
-START_SECONDS = 120.0
+START_SECONDS = 600.0  # to load and compile, on a busy machine
 
 
 class Server:

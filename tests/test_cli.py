@@ -24,7 +24,9 @@ from ktx_jax.commands import synth as synth_command
 from ktx_jax.gguf.writer import TensorSource, write_gguf
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("tokenizer.json").read_text())["metadata"]
-COMMANDS = ("demo", "generate", "chat", "inspect", "bench", "synth")
+COMMANDS = (
+    "demo", "generate", "chat", "inspect", "bench", "synth", "plan", "serve", "eval", "perplexity", "compare", "verify",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples run on the embedded model, say something true, and draw."""
 
+import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import batch_eval  # noqa: E402
 import expert_statistics  # noqa: E402
 import functional_api  # noqa: E402
+import sharding_experiment  # noqa: E402
 
 from ktx_jax.llm import LLM  # noqa: E402
 from ktx_jax.resources import demo_model  # noqa: E402
@@ -52,3 +54,29 @@ def test_expert_statistics(text, tmp_path):
     assert shares.shape == (config.num_hidden_layers - config.first_k_dense_replace, config.n_routed_experts)
     np.testing.assert_allclose(shares.sum(axis=1), config.num_experts_per_tok, rtol=1e-5)
     assert (tmp_path / "figure.png").stat().st_size > 5_000
+
+
+def test_sharding_experiment(tmp_path):
+    """In a process of its own: how many devices there are is settled when JAX starts."""
+    script = ROOT / "examples" / "sharding_experiment.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path / "figure.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _, *lines, _ = done.stdout.splitlines()
+    assert len(lines) == len(sharding_experiment.TINY)
+    named = {name: line.removeprefix(name).split() for name, line in zip(sharding_experiment.TINY, lines, strict=True)}
+    devices, weights, weights_unit, cache, cache_unit, collectives = zip(
+        *(row[:6] for row in named.values()), strict=True
+    )
+    assert devices == ("1", "2", "4", "4", "4", "2")
+    assert set(weights_unit) == {"MB"}
+    assert set(cache_unit) == {"kB"}
+    held, cached = [list(map(float, column)) for column in (weights, cache)]
+    assert held[0] == held[4] > held[2] > held[1] > held[3]  # whole, whole, experts cut, all but the latent cut, both
+    assert cached[4] == pytest.approx(cached[0] / 4, rel=1e-3)
+    assert [int(count) > 0 for count in collectives] == [False, True, True, True, False, False]
+    kl = [float(row[-2]) for row in named.values()]
+    assert kl[0] == 0
+    assert max(kl) < 0.01  # bfloat16's rounding, in another order
+    assert all(float(row[-1]) > 0 for row in named.values())
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -12,7 +12,7 @@ from golden_models import LOGITS, golden_llm, relative_error, small_llm
 
 from ktx_jax.engine.requests import Request, SamplingParams
 from ktx_jax.engine.scheduler import Share, Work
-from ktx_jax.engine.step import Sample, make_draw, make_run
+from ktx_jax.engine.step import make_draw, make_run, next_tokens
 
 
 def test_functional_is_exact():
@@ -56,7 +56,7 @@ def compiled_step(llm, *, decode: bool) -> str:
     [stage] = llm._engine.steps.stages
     draw = make_draw(work, *last.shape)
     return (
-        stage.lower(None, run, last, draw, tail=Sample(0), kind="decode" if decode else "prefill").compile().as_text()
+        stage.lower(None, run, last, draw, tail=next_tokens, kind="decode" if decode else "prefill").compile().as_text()
     )
 
 

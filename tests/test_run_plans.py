@@ -12,6 +12,7 @@ from plan_golden import ONE_HOST
 pytestmark = pytest.mark.slow
 
 CASES = [(f"{path.parent.name}/{path.stem}", op) for path in ONE_HOST for op in ("xla", "ffi")]
+SCORED = ("8gpu-data", "cpu-experts")  # as in the worker
 WORKER = Path(__file__).with_name("run_plans.py")
 
 
@@ -37,3 +38,15 @@ def test_a_plan_answers_as_one_device_does(found, config, implementation):
 def test_a_device_holds_the_bytes_that_the_plan_says(found, config):
     for planned, live in found[config, "xla"]["bytes"].values():
         assert abs(live - planned) <= 0.02 * planned
+
+
+@pytest.mark.parametrize(("config", "implementation"), [case for case in CASES if case[0].endswith(SCORED)])
+def test_scores_on_a_mesh_and_beside_experts_on_the_host(found, config, implementation):
+    result = found[config, implementation]
+    assert result["copies"] > 0
+    if implementation == "xla":
+        assert result["scores_apart"] < 1e-5
+    elif result["sums_over_devices"]:
+        assert result["scores_apart"] < 1e-3  # fifteen bits, in another order
+    else:
+        assert result["scores_apart"] == 0

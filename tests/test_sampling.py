@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ktx_jax.engine.edits import make_edits
 from ktx_jax.engine.requests import Request, SamplingParams
-from ktx_jax.engine.sampling import Draw, Edits, _edit, sample, sample_edited
+from ktx_jax.engine.sampling import Draw, Edits, _edit, sample, sample_apart
 from ktx_jax.engine.scheduler import Share, Work
 from ktx_jax.errors import KtxError
 
@@ -123,7 +123,7 @@ def test_edited_rows_in_a_program_of_their_own():
     options = draw(6, temperature=0.8, top_p=0.9, seed=np.arange(6))
     options = jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), options)
     none = jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), edits(6, 50))
-    drawn = sample_edited(logits, options, none, top=2)
+    drawn = sample_apart(logits, options, none, top=2)
     for shard in range(2):
         plain = sample_jit(logits[shard], jax.tree.map(lambda a, s=shard: a[s], options), top=2)
         np.testing.assert_array_equal(drawn.token[shard], plain.token)

@@ -12,8 +12,9 @@ from golden_models import BY_NAME, SMALL_LIMITS, golden_llm, golden_path, small_
 
 from ktx_jax.engine.branches import Window
 from ktx_jax.engine.engine import Engine
+from ktx_jax.engine.requests import SamplingParams
 from ktx_jax.engine.scheduler import Limits
-from ktx_jax.engine.scoring import Score
+from ktx_jax.engine.scoring import Score, Scoring
 from ktx_jax.engine.stage import Dtypes
 from ktx_jax.engine.step import Steps
 from ktx_jax.errors import KtxError
@@ -95,12 +96,12 @@ def test_alone_and_in_any_order(llm, wanted, expected):
         assert_close(llm.score_windows([one]), [right])
 
 
-def test_nothing_is_compiled_twice(llm, wanted):
+def test_nothing_is_compiled_twice(llm, wanted, compilations):
     llm.score_windows(wanted)
-    compiled = llm._engine.steps.compiled
+    compilations()
     llm.score_windows(wanted[::-1])
     llm.score_windows(sequences(llm.config.vocab_size, seed=0))
-    assert llm._engine.steps.compiled == compiled
+    assert compilations() == 0
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -124,6 +125,9 @@ class OneByOne(Steps):
         self.shards = [
             Steps(llm.config, llm._model, one, dtypes=Dtypes(llm.dtype, llm.dtype)) for _ in range(limits.shards)
         ]
+
+    def sample(self, *inputs, **options):
+        return self.shards[0].sample(*inputs, **options)
 
     def score(self, run, *rest):
         parts = [
@@ -177,6 +181,27 @@ def test_scoring_while_requests_hold_the_pages(llm, wanted, expected):
     assert_close(llm.score_windows(wanted[:4]), expected[:4])
     assert first.token_ids
     assert [token for chunk in stream for token in chunk.token_ids]
+
+
+def test_scores_and_requests_that_wait_for_each_other(llm, monkeypatch):
+    """Of three pages a reply has come to hold two and a stem the third: the scores begin anew, the reply goes on."""
+    rng, limits = np.random.default_rng(7), replace(SMALL_LIMITS, batch=1)
+    stem = rng.integers(0, 200, 64, np.int32)
+    wanted = [Window(np.concatenate([stem, rng.integers(0, 200, 40, np.int32)]), 64) for _ in range(20)]
+    engine = Engine(llm.config, OneByOne(llm, limits), limits, eos_ids=frozenset())
+    request = engine.add([5] * 40, SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))
+    assert engine.step()
+    scores, anew = {}, []
+    step, start_over = Scoring.step, Scoring.start_over
+    monkeypatch.setattr(Scoring, "step", lambda self: (engine.step(), step(self))[1])  # as another thread would
+    monkeypatch.setattr(Scoring, "start_over", lambda self: anew.append(len(scores)) or start_over(self))
+    engine.score(wanted, scores.__setitem__)
+    assert 0 < anew[0] < len(wanted)
+    while engine.step():
+        pass
+    assert_close([scores[i] for i in range(len(wanted))], truth(llm, wanted))
+    assert request.finish_reason == "length"
+    assert [pool.available for pool in engine._scheduler.pages] == [limits.pages]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ import venv
 from pathlib import Path
 
 import jsonschema
+import ktx_ffi
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 from serving import FAKE, REAL, ROOT, serving, streamed
+from soak import requests, soak
 
-from ktx_jax import LLM
+from ktx_jax import LLM, load_config
 from ktx_jax.resources import demo_model
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -69,6 +71,19 @@ def test_scores_are_those_of_the_logits(server):
             likeliest = int(exact[i - 1].argmax()) == token
             assert (scores[i] == max(tops[i].values())) == likeliest  # to the bit: how lm-eval finds what is greedy
         assert len(scores) == len(tokens) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ktx_ffi.available(), reason="equal to the bit only with the CPU kernels")
+def test_streams_that_come_and_go():
+    """`benchmarks/serving.py --soak` for a few seconds."""
+    with serving(REAL, str(demo_model()), "--name", "tiny", "--context", "256", "--batch", "4") as server:
+        bodies = requests("tiny", 24, load_config(demo_model()).vocab_size, 256)
+        report = soak(server.wait_ready(), bodies, streams=64, seconds=15, every=1)
+        assert report.wrong == []
+        assert report.lost == 0
+        assert min(report.fates[fate] for fate in ("complete", "left", "hung up")) > 20, report.fates
+        assert report.grown < 50e6, report.memory
 
 
 def closed(**properties):

@@ -23,7 +23,7 @@ from ktx_jax.engine.program import BY_SHARD
 from ktx_jax.engine.sampling import Draw
 from ktx_jax.engine.scheduler import Limits, Work
 from ktx_jax.engine.stage import Dtypes, FusedStage
-from ktx_jax.engine.step import Sample, make_draw
+from ktx_jax.engine.step import make_draw, next_tokens
 from ktx_jax.model.cache import Run
 from ktx_jax.sharding.devices import HOST
 from ktx_jax.sharding.folding import split_layer
@@ -69,7 +69,7 @@ class _Compiler:
     def step(self, index: int, size: StepSize) -> CompiledStep:
         """Lowers and compiles one program."""
         begun, decode = time.perf_counter(), size.phase == "decode"
-        lowered = self._stages[index].lower(*self._inputs(index, size), tail=Sample(None), kind=size.phase)
+        lowered = self._stages[index].lower(*self._inputs(index, size), tail=next_tokens, kind=size.phase)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

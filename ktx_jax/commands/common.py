@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,14 +39,19 @@ class Processes:
     count: int | None = None
     index: int | None = None
 
-    def join(self) -> None:
-        """Joins the others, before anything else uses JAX."""
+    def join(self) -> bool:
+        """Joins the others, unless that is done, before anything else uses JAX; whether this is process 0."""
+        import jax
+
         from ktx_jax import distributed
 
-        if not sys.stdout.isatty():
-            _keep_stdout()
-        auto = self.coordinator == "auto"
-        distributed.initialize(None if auto else self.coordinator, self.count, self.index)
+        if not jax.distributed.is_initialized():
+            if not sys.stdout.isatty():
+                _keep_stdout()
+            auto = self.coordinator == "auto"
+            distributed.initialize(None if auto else self.coordinator, self.count, self.index)
+            logging.getLogger("ktx_jax").addFilter(lambda record: distributed.leads())  # what all would say
+        return distributed.leads()
 
 
 @dataclass(frozen=True)
@@ -64,21 +70,58 @@ class ModelOptions:
     chat_template: Path | None = None
     processes: Processes | None = None
 
+    @property
+    def follows(self) -> bool:
+        """Whether this is known, before the processes have met, to be another than process 0: it needs the model alone,
+        and no text."""
+        return self.processes is not None and bool(self.processes.index)
+
+    def leads(self) -> bool:
+        """Whether this is process 0, or alone; with several, joins them first."""
+        return self.processes is None or self.processes.join()
+
 
 def load_llm(options: ModelOptions, progress: Callable[[int, int], None] | None = None) -> Any:
     """The `LLM` that `options` ask for; `progress` is told of bytes done and in all, or else the terminal shows them.
 
     Only process 0 of several returns from here: the others do their part until it ends, and end then.
     """
-    from ktx_jax.distributed import leads
+    [llm] = load_llms(options, progress=progress)
+    return llm
+
+
+def load_llms(*options: ModelOptions, progress: Callable[[int, int], None] | None = None) -> list[Any]:
+    """`load_llm`, of several that are in memory together."""
+    leads = [one.leads() for one in options]
+    llms = [_load(one, progress) for one in options]
+    if not all(leads):
+        _follow(llms)
+        raise SystemExit(0)
+    return llms
+
+
+def follow_in_turn(*options: ModelOptions) -> None:
+    """In a process other than process 0: its part in models that process 0 loads and closes one after another."""
+    for one in options:
+        _follow([_load(one, None)])
+
+
+def _follow(llms: list[Any]) -> None:
+    first, *others = llms
+    threads = [threading.Thread(target=llm.follow, daemon=True) for llm in others]
+    for thread in threads:
+        thread.start()
+    first.follow()
+    for thread in threads:
+        thread.join()
+
+
+def _load(options: ModelOptions, progress: Callable[[int, int], None] | None) -> Any:
     from ktx_jax.llm import LLM
 
-    if options.processes is not None:
-        options.processes.join()
-        logging.getLogger("ktx_jax").addFilter(lambda record: leads())  # what all would say, process 0 says
     template = None if options.chat_template is None else read_text(options.chat_template)
     with progress_bar("Loading") if progress is None else contextlib.nullcontext(progress) as told:
-        llm = LLM(
+        return LLM(
             options.model,
             context=options.context,
             batch=options.batch,
@@ -91,10 +134,6 @@ def load_llm(options: ModelOptions, progress: Callable[[int, int], None] | None 
             repack=options.repack,
             progress=told,
         )
-    if not leads():
-        llm.follow()
-        raise SystemExit(0)
-    return llm
 
 
 def _keep_stdout() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ktx_jax.commands.common import ModelOptions, load_llm, notes, read_text, token_bar
+from ktx_jax.commands.common import ModelOptions, load_llms, notes, read_text, token_bar
 
 
 def compare(
@@ -18,10 +18,11 @@ def compare(
     from ktx_jax.evaluate.compare import compare, compare_run, draw_comparison
     from ktx_jax.evaluate.journal import Journal
 
-    text = read_text(file)
-    models = load_llm(a), load_llm(b)
-    with Journal(out, compare_run(*models, text, window), resume=resume) as journal, token_bar("Comparing") as bar:
-        distances = compare(*models, text, window, journal, bar)
+    text = "" if a.follows else read_text(file)
+    first, second = models = load_llms(a, b)
+    run = compare_run(first, second, text, window)
+    with Journal(out, run, resume=resume) as journal, token_bar("Comparing") as bar:
+        distances = compare(first, second, text, window, journal, bar)
     summary = distances.summary()
     names = [f"{llm.path.name}, {llm.implementation}, {llm.dtype.__name__}" for llm in models]
     if as_json:

@@ -14,7 +14,7 @@ def perplexity(
     from ktx_jax.evaluate.journal import Journal
     from ktx_jax.evaluate.perplexity import measure_perplexity, perplexity_run
 
-    text = read_text(file)
+    text = "" if options.follows else read_text(file)
     llm = load_llm(options)
     with Journal(out, perplexity_run(llm, text, window, stride), resume=resume) as journal, token_bar("Scoring") as bar:
         result = measure_perplexity(llm, text, window, stride, journal, bar)

@@ -2,12 +2,16 @@
 """`ktx-jax serve`: a model behind an OpenAI API."""
 
 import logging
+import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from ktx_jax.commands.common import ModelOptions, load_llm
 from ktx_jax.errors import KtxError
+
+log = logging.getLogger("ktx_jax.server")
 
 
 def serve(options: ModelOptions, name: str | None, max_queue: int, settings: dict[str, Any]) -> int:
@@ -26,6 +30,10 @@ def serve(options: ModelOptions, name: str | None, max_queue: int, settings: dic
     from ktx_jax.server.hosted import Hosted, Loaded
     from ktx_jax.server.run import serve
 
+    if not options.leads():
+        for number in (signal.SIGINT, signal.SIGTERM):  # which launchers send to all
+            signal.signal(number, signal.SIG_IGN)  # process 0 obeys, and tells when it is done
+        load_llm(options)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("ktx_jax").setLevel(logging.INFO)
     load_config(options.model, options.override)  # a file that cannot be served is said before the port is open
@@ -35,8 +43,11 @@ def serve(options: ModelOptions, name: str | None, max_queue: int, settings: dic
 
         llm = load_llm(options, progress)
         if llm.chat_template is None:
-            logging.getLogger("ktx_jax.server").warning("no chat template: chats are refused (--chat-template FILE)")
-        return Loaded(llm, AsyncEngine(llm, max_queue=max_queue))
+            log.warning("no chat template: chats are refused (--chat-template FILE)")
+        engine, begun = AsyncEngine(llm, max_queue=max_queue), time.perf_counter()
+        count = engine.warm_up()
+        log.info("loaded in %.1f s, %d programs compiled in %.1f", llm.load_seconds, count, time.perf_counter() - begun)
+        return Loaded(llm, engine)
 
     serve(Hosted(name or options.model.resolve().stem, load), checked)
     return 0

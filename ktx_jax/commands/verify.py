@@ -5,14 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ktx_jax.commands.common import ModelOptions, load_llm, read_text, token_bar
+from ktx_jax.commands.common import ModelOptions, follow_in_turn, load_llm, read_text, token_bar
 
 _MARKS = {True: "pass", False: "FAIL", None: "  - "}
 
 
 def verify(options: ModelOptions, text: Path | None) -> int:
     """Prints a line for each check as it is done, then the verdict; 1 if one failed."""
-    from ktx_jax.evaluate.verify import verify
+    from ktx_jax.evaluate.verify import AS_IT_RUNS, EXACT, verify
+
+    if not options.leads():
+        follow_in_turn(*(replace(options, **changes) for changes in (AS_IT_RUNS, EXACT)))
+        return 0
 
     def load(**changes: Any) -> Any:
         return load_llm(replace(options, **changes))

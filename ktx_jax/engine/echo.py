@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ktx_jax.engine.requests import MAX_LOGPROBS, TokenLogprob
+from ktx_jax.engine.requests import TokenLogprob, most_logprobs
 from ktx_jax.engine.sampling import Drawn, logprobs_of
 from ktx_jax.engine.scheduler import Share, Work
 from ktx_jax.engine.stage import Kind
@@ -22,10 +22,10 @@ from ktx_jax.model.cache import Run
 @no_type_check
 @dataclass(frozen=True)
 class Echoed:
-    """Of all tokens of a run, arrays with a leading shard axis."""
+    """Of all tokens of a run, arrays with a leading shard axis, as far as someone wants them."""
 
-    following: Drawn  # the log-probability of the token that follows each
-    logits: Float[Array, "S T V"] | None  # where someone wants them whole
+    following: Drawn | None  # the log-probability of the token that follows each
+    logits: Float[Array, "S T V"] | None
 
 
 def start_echo(steps: Steps, work: Work, run: Run, last: Int[np.ndarray, "S L"], kind: Kind) -> Echoed:
@@ -38,8 +38,10 @@ def start_echo(steps: Steps, work: Work, run: Run, last: Int[np.ndarray, "S L"],
         following[shard, here.start : here.start + len(tokens)] = tokens
         assert share.request.echo is not None
         tops.append(share.request.echo.top)
-    top = min(MAX_LOGPROBS, logits.shape[-1]) if any(tops) else 0
-    return Echoed(logprobs_of(logits, following, top=top), logits if None in tops else None)
+    drawn = None
+    if any(top is not None for top in tops):
+        drawn = logprobs_of(logits, following, top=most_logprobs(logits.shape[-1]))
+    return Echoed(drawn, logits if None in tops else None)
 
 
 def take_echo(echoed: Echoed, work: Work, last: Int[np.ndarray, "S L"]) -> None:
@@ -51,6 +53,7 @@ def take_echo(echoed: Echoed, work: Work, last: Int[np.ndarray, "S L"]) -> None:
             assert echoed.logits is not None
             echo.parts.append(np.asarray(echoed.logits[shard, here]))
         else:
+            assert echoed.following is not None
             stop = here.stop - 1 if share.samples else here.stop  # nothing follows the last token
             echo.parts += [logprob_at(echoed.following, (shard, i), echo.top) for i in range(here.start, stop)]
 

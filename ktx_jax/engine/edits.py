@@ -11,7 +11,7 @@ from ktx_jax.engine.scheduler import Work
 from ktx_jax.errors import KtxError
 
 # Lengths of a row's list of edited tokens grow by this factor, so that there are few programs.
-_GROWTH, _FEWEST = 4, 64
+_GROWTH, _FEWEST = 16, 64
 
 
 def wants_edits(request: Request) -> bool:
@@ -36,14 +36,9 @@ def make_edits(work: Work, shards: int, rows: int, vocab_size: int) -> Edits:
         for row, share in enumerate(shares)
         if share.samples and wants_edits(share.request)
     }
-    length, longest = _FEWEST, max((len(edits) for edits in lists.values()), default=0)
-    while length < longest:
-        length *= _GROWTH
-    shape = (shards, rows, length)
-    tokens: Any = np.full(shape, vocab_size, np.int32)
-    factor: Any = np.ones(shape, np.float32)
-    add: Any = np.zeros(shape, np.float32)
-    allowed: Any = np.full((shards, rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+    longest = max((len(edits) for edits in lists.values()), default=0)
+    made = no_edits(shards, rows, edit_lengths(longest)[-1], vocab_size)
+    tokens, factor, add, allowed = (np.asarray(a) for a in (made.tokens, made.factor, made.add, made.allowed))
     for at, edits in lists.items():
         tokens[at][: len(edits)] = list(edits)
         if edits:
@@ -55,6 +50,24 @@ def make_edits(work: Work, shards: int, rows: int, vocab_size: int) -> Edits:
                     allowed[shard, row] = share.request.match.allowed()
                 except KtxError as error:
                     share.request.error = error
+    return made
+
+
+def edit_lengths(longest: int) -> list[int]:
+    """The lengths that lists of edited tokens are padded to, as far as one has room for `longest`."""
+    lengths = [_FEWEST]
+    while lengths[-1] < longest:
+        lengths.append(lengths[-1] * _GROWTH)
+    return lengths
+
+
+def no_edits(shards: int, rows: int, length: int, vocab_size: int) -> Edits:
+    """Edits, with room for `length` tokens a row, that leave every logit as it is."""
+    shape = (shards, rows, length)
+    tokens: Any = np.full(shape, vocab_size, np.int32)
+    factor: Any = np.ones(shape, np.float32)
+    add: Any = np.zeros(shape, np.float32)
+    allowed: Any = np.full((shards, rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
     return Edits(tokens, factor, add, allowed)
 
 

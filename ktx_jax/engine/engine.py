@@ -15,12 +15,13 @@ from jaxtyping import Float, Int
 from ktx_jax.engine.branches import Window
 from ktx_jax.engine.echo import Echoed, logprob_at, start_echo, take_echo
 from ktx_jax.engine.edits import make_edits, wants_edits
-from ktx_jax.engine.requests import MAX_LOGPROBS, Echo, Request, SamplingParams, TokenLogprob
-from ktx_jax.engine.sampling import Drawn, logprobs_of, sample_edited
+from ktx_jax.engine.requests import MAX_LOGPROBS, Echo, Request, SamplingParams, TokenLogprob, most_logprobs
+from ktx_jax.engine.sampling import Drawn, sample_apart
 from ktx_jax.engine.scheduler import Limits, Scheduler, Work
 from ktx_jax.engine.scoring import Score, Scoring
 from ktx_jax.engine.stage import Kind
 from ktx_jax.engine.step import Steps, make_draw, make_run
+from ktx_jax.engine.warm import prepare_all
 from ktx_jax.errors import KtxError
 from ktx_jax.model.config import Config
 
@@ -105,11 +106,10 @@ class Engine:
         if self.limits.stream_above is None:
             self._scheduler.room = max(self.limits.tile, min(tokens, self.limits.chunk))
 
-    @property
-    def compiled(self) -> int:
-        """How many programs there are so far."""
-        beside: tuple[Any, ...] = (sample_edited, logprobs_of)
-        return self.steps.compiled + sum(function._cache_size() for function in beside)
+    def warm_up(self) -> int:
+        """Compiles whatever requests may need, so that none waits for it later; how many programs those are."""
+        with self._lock:
+            return prepare_all(self.steps, self.limits, self.config.vocab_size)
 
     def stats(self) -> Stats:
         """Figures for metrics; does not wait for the step that is being computed."""
@@ -183,15 +183,16 @@ class Engine:
         kind = self._kind(work)
         if work.echo:
             return work, last, start_echo(self.steps, work, run, last, kind)
-        wanted = [share.request.params.logprobs for share in work.shares if share.request.params.logprobs is not None]
-        top = None if not wanted else min(MAX_LOGPROBS, self.config.vocab_size) if any(wanted) else 0
         shards, rows = last.shape
-        draw = make_draw(work, shards, rows)
-        if not any(share.samples and wants_edits(share.request) for share in work.shares):
-            return work, last, self.steps.sample(run, last, draw, top=top, kind=kind)
+        draw, sampling = make_draw(work, shards, rows), [share.request for share in work.shares if share.samples]
+        edited = any(map(wants_edits, sampling))
+        told = any(request.params.logprobs is not None for request in sampling)
+        if not (edited or told):
+            return work, last, self.steps.sample(run, last, draw, kind=kind)
         logits = self.steps.logits(run, last, kind=kind)  # computed while we find what the grammars allow
-        edits = make_edits(work, shards, rows, self.config.vocab_size)
-        return work, last, sample_edited(logits, draw, edits, top=top)
+        edits = make_edits(work, shards, rows, self.config.vocab_size) if edited else None
+        top = most_logprobs(self.config.vocab_size) if told else None
+        return work, last, sample_apart(logits, draw, edits, top=top)
 
     def _kind(self, work: Work) -> Kind:
         return "decode" if work.decode else "stream" if work.streams(self.limits.stream_above) else "prefill"

@@ -6,18 +6,20 @@ Every process runs the same programs in the same order, as JAX asks; only proces
 
 import hashlib
 import json
+import threading
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from ktx_jax.engine.likelihood import likelihood
 from ktx_jax.engine.sampling import Draw
 from ktx_jax.engine.scheduler import Limits
 from ktx_jax.engine.stage import Dtypes, Kind, Tail
-from ktx_jax.engine.step import Sample, Steps, whole_logits
+from ktx_jax.engine.step import Steps, next_tokens, whole_logits
 from ktx_jax.errors import KtxError
 from ktx_jax.model.cache import Run
 from ktx_jax.model.config import Config
@@ -89,6 +91,13 @@ class LeadingSteps(_SharedSteps):
         self._link.send(*pack({"do": "copy"}, {"source": source, "target": target}))
         super().copy_pages(source, target)
 
+    def prepare(self, run: Run, at: np.ndarray, extra: Any, tail: Tail, kind: Kind) -> Any:
+        head, arrays = step_message(run, at, extra, tail, kind)
+        self._link.send(*pack(head | {"do": "prepare"}, arrays))
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        out = super().prepare(run, at, extra, Gathered(tail), kind)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=here), out)
+
     def close(self) -> None:
         self._link.close()
 
@@ -105,10 +114,14 @@ class FollowingSteps(_SharedSteps):
         """Computes what process 0 says, until it says that this was all."""
         while (message := self._link.receive()) is not None:
             head, arrays = unpack(message)
-            if head["do"] == "copy":
-                Steps.copy_pages(self, **arrays)
-            else:
-                self._compute(*step_of(head, arrays))
+            with _computing:
+                if head["do"] == "copy":
+                    Steps.copy_pages(self, **arrays)
+                elif head["do"] == "prepare":
+                    run, at, extra, tail, kind = step_of(head, arrays)
+                    Steps.prepare(self, run, at, extra, Gathered(tail), kind)
+                else:
+                    self._compute(*step_of(head, arrays))
 
     def copy_pages(self, source: np.ndarray, target: np.ndarray) -> NoReturn:
         _refuse()
@@ -117,13 +130,18 @@ class FollowingSteps(_SharedSteps):
         _refuse()
 
 
+_computing = threading.Lock()
+"""Of two models in one process, each followed by a thread: process 0 waits for one's step before it starts the other's,
+and here their collectives must not overlap either."""
+
+
 def _refuse() -> NoReturn:
     raise KtxError("this process follows process 0, which alone takes requests: call `LLM.follow()` here")
 
 
 Head = dict[str, Any]
 Arrays = dict[str, Any]  # NumPy arrays
-_TAILS: dict[str, Tail] = {"logits": whole_logits, "likelihood": likelihood}
+_TAILS: dict[str, Tail] = {"sample": next_tokens, "logits": whole_logits, "likelihood": likelihood}
 
 
 def step_message(run: Run, at: np.ndarray, extra: Any, tail: Tail, kind: Kind) -> tuple[Head, Arrays]:
@@ -133,11 +151,8 @@ def step_message(run: Run, at: np.ndarray, extra: Any, tail: Tail, kind: Kind) -
         arrays |= {f"draw.{name}": value for name, value in vars(extra).items()}
     elif extra is not None:
         arrays["extra"] = extra
-    head = {"do": "step", "tile": run.tile, "kind": kind}
-    if isinstance(tail, Sample):
-        return head | {"tail": "sample", "top": tail.top}, arrays
     [name] = (name for name, known in _TAILS.items() if known == tail)
-    return head | {"tail": name}, arrays
+    return {"do": "step", "tile": run.tile, "kind": kind, "tail": name}, arrays
 
 
 def step_of(head: Head, arrays: Arrays) -> tuple[Run, np.ndarray, Any, Tail, Kind]:
@@ -147,9 +162,8 @@ def step_of(head: Head, arrays: Arrays) -> tuple[Run, np.ndarray, Any, Tail, Kin
         for prefix in ("run.", "draw.")
     )
     run, draw = parts
-    tail = Sample(head["top"]) if head["tail"] == "sample" else _TAILS[head["tail"]]
     extra = Draw(**draw) if draw else arrays.get("extra")
-    return Run(**run, tile=head["tile"]), arrays["at"], extra, tail, head["kind"]
+    return Run(**run, tile=head["tile"]), arrays["at"], extra, _TAILS[head["tail"]], head["kind"]
 
 
 def pack(head: Head, arrays: Arrays) -> list[bytes]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from ktx_jax.engine.program import Bound, Program
+from ktx_jax.engine.program import Bound
 from ktx_jax.engine.scheduler import Limits
 from ktx_jax.engine.stage import Dtypes, Kind, Tail, stage_cache
 from ktx_jax.model.cache import Run
@@ -114,11 +114,6 @@ class _Modules:
             if layer is not None
         ]
 
-    def bound(self) -> list[Bound]:
-        parts = [self.embed, self.norm, self.head]
-        parts += [bound for layer in self.layers for bound in (layer.main, layer.shared, layer.experts)]
-        return [bound for bound in parts if bound is not None]
-
 
 class LayeredStage:
     """A stage that runs module by module, each where its parameters lie."""
@@ -148,9 +143,10 @@ class LayeredStage:
             x, _ = modules.head(_Head(tail), None, x, extra)
         return x
 
-    @property
-    def programs(self) -> list[Program]:
-        return [bound.program for modules in self._modules.values() for bound in modules.bound()]
+    def prepare(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> Any:
+        """As `Stage.prepare`. It computes: what its programs hand each other decides what they are."""
+        x = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), x)
+        return self(x, run, at, extra, tail=tail, kind=kind)
 
     def _brought(self) -> Iterator[Bound | None]:
         """Each layer's experts on its device, the next ones coming meanwhile: two layers' at a time."""

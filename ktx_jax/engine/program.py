@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules as compiled programs on a mesh."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
@@ -89,14 +89,23 @@ class Bound:
         """What a call would run; arrays may be abstract."""
         return self.program.run.lower(method, self._leaves, pages, arguments)
 
+    def prepare(self, method: Method, pages: Any, *arguments: Any) -> Any:
+        """Compiles what a call would run, so that the call finds it; gives its result, abstract."""
+
+        def here(value: Any) -> Any:
+            abstract = isinstance(value, jax.ShapeDtypeStruct)
+            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=self.program.by_shard) if abstract else value
+
+        made = self.lower(method, pages, *jax.tree.map(here, arguments)).compile()
+        out, _ = jax.tree.map(
+            lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+            made.out_info, made.output_shardings,
+        )  # fmt: skip
+        return out
+
     def _brought(self, arguments: Any) -> Any:
         def bring(value: Any) -> Any:
             away = isinstance(value, jax.Array) and value.sharding.device_set != self.program.by_shard.device_set
             return jax.device_put(value, self.program.by_shard) if away else value
 
         return jax.tree.map(bring, arguments)
-
-
-def compiled(programs: Iterable[Program]) -> int:
-    """How many executables these have so far."""
-    return sum(program.run._cache_size() for program in set(programs))

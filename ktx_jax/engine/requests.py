@@ -16,6 +16,11 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 
 
+def most_logprobs(vocab_size: int) -> int:
+    """How many of the likeliest tokens a step reports, where any are asked for."""
+    return min(MAX_LOGPROBS, vocab_size)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn.

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from ktx_jax import ops
+
 
 # Not checked at run time: JAX puts NumPy arrays and placeholders into a pytree's leaves too.
 @jax.tree_util.register_dataclass
@@ -66,14 +68,14 @@ def sample(logits: Float[Array, "L V"], draw: Draw, edits: Edits | None = None, 
     )
     if top is None:
         return Drawn(token)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = ops.log_softmax(logits)
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     top_logprobs, top_ids = jax.lax.top_k(logprobs, top)
     return Drawn(token, chosen, top_ids, top_logprobs)
 
 
 @partial(jax.jit, static_argnames="top")
-def sample_edited(logits: Float[Array, "S L V"], draw: Draw, edits: Edits, *, top: int | None) -> Drawn:
+def sample_apart(logits: Float[Array, "S L V"], draw: Draw, edits: Edits | None, *, top: int | None) -> Drawn:
     """`sample` as a program of its own, for logits computed before; all arrays with a leading shard axis."""
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (logits, draw, edits))
     return jax.tree.map(lambda a: a.reshape(*logits.shape[:2], *a.shape[1:]), sample(*flat, top=top))
@@ -82,7 +84,7 @@ def sample_edited(logits: Float[Array, "S L V"], draw: Draw, edits: Edits, *, to
 @partial(jax.jit, static_argnames="top")
 def logprobs_of(logits: Float[Array, "S L V"], tokens: Int[Array, "S L"], *, top: int) -> Drawn:
     """Log-probabilities of given tokens, each row's, and of the `top` likeliest."""
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = ops.log_softmax(logits)
     chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
     top_logprobs, top_ids = jax.lax.top_k(logprobs, top)
     return Drawn(tokens, chosen, top_ids, top_logprobs)

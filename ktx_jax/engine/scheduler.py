@@ -43,12 +43,19 @@ class Limits:
         """Of a shard."""
         return self.batch * self.pages_per_sequence if self.pool is None else self.pool
 
-    def bucket(self, tokens: int, *, decode: bool) -> int:
-        """The padded length of a step: a power of two of sequences at decode, `growth` to a power at prefill."""
+    def ladder(self, *, decode: bool) -> list[int]:
+        """The lengths that steps are padded to: 1, 2, 4, ... sequences at decode, 16 times `growth`s at prefill."""
         top, size, growth = (self.batch, 1, 2) if decode else (self.chunk, max(self.tile, 16), self.growth)
-        while size < tokens:
+        lengths = []
+        while size < top:
+            lengths.append(size)
             size *= growth
-        return min(size, top)
+        return [*lengths, top]
+
+    def bucket(self, tokens: int, *, decode: bool) -> int:
+        """The padded length of a step of so many tokens."""
+        ladder = self.ladder(decode=decode)
+        return next((length for length in ladder if length >= tokens), ladder[-1])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from ktx_jax.engine.program import BY_SHARD, Bound, Program
+from ktx_jax.engine.program import BY_SHARD, Bound
 from ktx_jax.engine.scheduler import Limits
 from ktx_jax.model.cache import Cache, Run, copy_pages, new_cache
 from ktx_jax.model.config import Config
@@ -52,9 +52,11 @@ class Stage(Protocol):
         """
         ...
 
-    @property
-    def programs(self) -> list[Program]:
-        """All that it runs."""
+    def prepare(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> Any:
+        """Compiles what a call needs, of a run that is all padding; gives arrays, abstract or not, like a call's.
+
+        `x` may be abstract.
+        """
         ...
 
 
@@ -84,13 +86,14 @@ class FusedStage:
         out, self.cache = self._bound[kind == "decode"](_Whole(self._dtype, tail), self.cache, x, run, at, extra)
         return out
 
+    def prepare(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> Any:
+        """As `Stage.prepare`; computes nothing."""
+        bound = self._bound[kind == "decode"]
+        return bound.prepare(_Whole(self._dtype, tail), self.cache, x, run, at, extra)
+
     def lower(self, x: Any, run: Run, at: Any, extra: Any, *, tail: Tail, kind: Kind) -> jax.stages.Lowered:
         """What a call would run; arrays may be abstract."""
         return self._bound[kind == "decode"].lower(_Whole(self._dtype, tail), self.cache, x, run, at, extra)
-
-    @property
-    def programs(self) -> list[Program]:
-        return [bound.program for bound in self._bound.values()]
 
 
 def _bind(loaded: LoadedStage, decode: bool) -> Bound:

@@ -2,7 +2,6 @@
 """The compiled steps: a run of tokens through the model, and the draw of what comes next."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ktx_jax.engine.layered import LayeredStage
 from ktx_jax.engine.likelihood import likelihood
-from ktx_jax.engine.program import compiled
 from ktx_jax.engine.requests import Request
 from ktx_jax.engine.sampling import Draw, Drawn, sample
 from ktx_jax.engine.scheduler import Limits, Work
@@ -20,14 +18,9 @@ from ktx_jax.model.config import Config
 from ktx_jax.sharding.load import Loaded, LoadedStage
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A tail that draws the next token; `top` as in `sampling.sample`."""
-
-    top: int | None
-
-    def __call__(self, logits: Float[Array, "L V"], draw: Draw) -> Drawn:
-        return sample(logits, draw, top=self.top)
+def next_tokens(logits: Float[Array, "L V"], draw: Draw) -> Drawn:
+    """A tail that draws."""
+    return sample(logits, draw, top=None)
 
 
 def whole_logits(logits: Float[Array, "L V"], _: Any) -> Float[Array, "L V"]:
@@ -49,9 +42,9 @@ class Steps:
         self.stages = [_stage(config, stage, limits, dtypes) for stage in model.stages]
         self.depth = len(self.stages)
 
-    def sample(self, run: Run, at: Int[np.ndarray, "S L"], draw: Draw, *, top: int | None, kind: Kind) -> Drawn:
-        """Adds the run to the cache, draws the token after each of its tokens `at`; `top` as in `sampling.sample`."""
-        return self._through(run, at, draw, Sample(top), kind)
+    def sample(self, run: Run, at: Int[np.ndarray, "S L"], draw: Draw, *, kind: Kind) -> Drawn:
+        """Adds the run to the cache, draws the token after each of its tokens `at`."""
+        return self._through(run, at, draw, next_tokens, kind)
 
     def logits(self, run: Run, at: Int[np.ndarray, "S L"], *, kind: Kind = "prefill") -> Float[Array, "S L V"]:
         """Adds the run to the cache; float32 logits of its tokens `at`."""
@@ -71,10 +64,12 @@ class Steps:
     def close(self) -> None:
         """Says that there will be no more steps, to whoever computes them too."""
 
-    @property
-    def compiled(self) -> int:
-        """How many executables there are so far."""
-        return compiled(program for stage in self.stages for program in stage.programs)
+    def prepare(self, run: Run, at: Int[np.ndarray, "S L"], extra: Any, tail: Tail, kind: Kind) -> Any:
+        """Compiles a step of a run that is all padding; arrays, abstract or not, like what it gives."""
+        x = None
+        for stage in self.stages:
+            x = stage.prepare(x, run, at, extra, tail=tail, kind=kind)
+        return x
 
     def _through(self, run: Run, at: np.ndarray, extra: Any, tail: Tail, kind: Kind) -> Any:
         x = None
@@ -100,11 +95,9 @@ def make_run(work: Work, limits: Limits) -> tuple[Run, Int[np.ndarray, "S L"]]:
     padded = [[-(-(share.stop - share.start) // tile) * tile for share in shares] for shares in shards]
     size = limits.bucket(max(map(sum, padded)), decode=work.decode)
     rows = size if work.decode else limits.batch
-    lead = (limits.shards,)
-    tokens, sequence = np.zeros((*lead, size), np.int32), np.zeros((*lead, size), np.int32)
-    positions = np.full((*lead, size), -1, np.int32)
-    last = np.zeros((*lead, rows), np.int32)
-    table = np.zeros((*lead, rows, limits.pages_per_sequence), np.int32)
+    run, last = padding(limits, size, rows, tile)
+    names = ("tokens", "positions", "sequence", "block_table")
+    tokens, positions, sequence, table = (np.asarray(getattr(run, name)) for name in names)
     for shard, (shares, lengths) in enumerate(zip(shards, padded, strict=True)):
         begin = 0
         for row, (share, length) in enumerate(zip(shares, lengths, strict=True)):
@@ -115,8 +108,16 @@ def make_run(work: Work, limits: Limits) -> tuple[Run, Int[np.ndarray, "S L"]]:
             table[shard, row, : len(share.request.pages)] = share.request.pages
             last[shard, row] = end - 1
             begin += length
-    arrays: tuple[Any, ...] = (tokens, positions, sequence, table)
-    return Run(*arrays, tile=tile), last
+    return run, last
+
+
+def padding(limits: Limits, tokens: int, rows: int, tile: int) -> tuple[Run, Int[np.ndarray, "S L"]]:
+    """A run of so many tokens of `rows` sequences that are none, and which of them are last."""
+    lead = (limits.shards,)
+    flat: Any = np.zeros((*lead, tokens), np.int32)
+    positions: Any = np.full((*lead, tokens), -1, np.int32)
+    table: Any = np.zeros((*lead, rows, limits.pages_per_sequence), np.int32)
+    return Run(flat, positions, flat.copy(), table, tile=tile), np.zeros((*lead, rows), np.int32)
 
 
 def make_draw(work: Work, shards: int, rows: int) -> Draw:

@@ -21,6 +21,9 @@ from ktx_jax.model.config import Config
 from ktx_jax.presets import SHAPES, preset_config
 
 WINDOW = 512
+# The two models that are loaded, one after another, by the options in which they are not the user's.
+AS_IT_RUNS: dict[str, Any] = {"context": WINDOW, "batch": 1}
+EXACT: dict[str, Any] = {**AS_IT_RUNS, "implementation": "xla", "dtype": "float32"}
 # Perplexity of DeepSeek-V2-Lite on wikitext-2's test part, windows of 512, by the type of most weights.
 PUBLISHED = {
     "F16": 6.761, "BF16": 6.761, "Q8_0": 6.760, "Q6_K": 6.778, "Q5_0": 6.816, "IQ4_XS": 6.883, "Q4_0": 6.968,
@@ -51,7 +54,7 @@ def verify(load: Callable[..., LLM], path: Path, text: str | None, advance: Adva
     config = load_config(path)
     name, shape = check_shape(config)
     yield shape
-    llm = load(context=WINDOW, batch=1)
+    llm = load(**AS_IT_RUNS)
     yield check_types(path)
     built_in = "\n".join(topics[topic] for topic in sorted(topics))[:40_000]
     with Journal(None, {}) as journal:
@@ -60,8 +63,9 @@ def verify(load: Callable[..., LLM], path: Path, text: str | None, advance: Adva
     yield check_perplexity(name, path, text, perplexity.value, found)
     tokens = llm.encode(text or built_in)[:WINDOW]
     fast, described = llm.logits(tokens), f"{llm.implementation}, {llm.dtype.__name__}"
+    llm.close()
     del llm
-    exact = load(context=WINDOW, batch=1, implementation="xla", dtype="float32").logits(tokens)
+    exact = load(**EXACT).logits(tokens)
     yield check_fast_path(exact, fast, tokens, described)
 
 

@@ -5,7 +5,7 @@ from ktx_jax.ops.attention import latent_values, mla_attention
 from ktx_jax.ops.experts import experts, swiglu
 from ktx_jax.ops.matmul import Weight, block_size, embedding_rows, head_matmul, matmul
 from ktx_jax.ops.norm import rms_norm
-from ktx_jax.ops.softmax import softmax, sum_exp
+from ktx_jax.ops.softmax import log_softmax, softmax, sum_exp
 
 __all__ = [
     "Weight",
@@ -14,6 +14,7 @@ __all__ = [
     "experts",
     "head_matmul",
     "latent_values",
+    "log_softmax",
     "matmul",
     "mla_attention",
     "rms_norm",

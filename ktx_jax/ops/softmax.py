@@ -27,6 +27,12 @@ def _softmax(x: jax.Array) -> jax.Array:
     return _exp(x - top) / sum_exp(x, top)
 
 
+def log_softmax(x: Float[Array, "*lead n"]) -> Float[Array, "*lead n"]:
+    """Its logarithm."""
+    top = x.max(axis=-1, keepdims=True)
+    return x - top - jnp.log(sum_exp(x, top))
+
+
 def sum_exp(x: Float[Array, "*lead n"], top: Float[Array, "*lead 1"]) -> Float[Array, "*lead 1"]:
     """The sum of exp(x - top) along the last axis, of which `top` is the largest value: vectors of `_LANES` one after
     another, then halves to halves."""
