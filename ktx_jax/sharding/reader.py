@@ -116,7 +116,9 @@ def _filled_up(blocks: np.ndarray, layout: Layout) -> np.ndarray:
     """Blocks of a piece with blocks of zeros after them, up to whole records."""
     into = layout.for_kernels
     missing = into.piece_shape[-1] // GGML_QUANT_SIZES[layout.ggml_type][0] - blocks.shape[-2]
-    return np.pad(blocks, [(0, 0)] * (blocks.ndim - 2) + [(0, missing), (0, 0)]) if missing else blocks
+    if not missing:
+        return blocks
+    return np.concatenate([blocks, np.zeros((*blocks.shape[:-2], missing, blocks.shape[-1]), np.uint8)], axis=-2)
 
 
 def _aligned_copy(value: np.ndarray) -> np.ndarray:
