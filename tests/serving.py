@@ -76,12 +76,13 @@ def serving(command, *arguments, **environment) -> Iterator[Server]:
         for line in process.stderr:
             log.append(line)
             lines.put(line)
+        lines.put("")
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
         while not (found := re.search(r"listening on (\S+)", line := lines.get(timeout=START_SECONDS))):
-            assert process.poll() is None, line
+            assert line, "".join(log)
         yield Server(process, found[1], log)
     finally:
         if process.poll() is None:
