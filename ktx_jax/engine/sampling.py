@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from ktx_jax import ops
 
+_WHOLE = 2.0**31  # stands for a probability of 1
+
 
 # Not checked at run time: JAX puts NumPy arrays and placeholders into a pytree's leaves too.
 @jax.tree_util.register_dataclass
@@ -119,10 +121,12 @@ def _draw(logits: Float[Array, "L V"], draw: Draw) -> Int[Array, " L"]:
 
     floor = jax.lax.cond((draw.top_k > 0).any(), lambda: _largest_bits(enough, rows), lambda: all_tokens)
     floor = jnp.where((draw.top_k > 0) & (draw.top_k < size), floor, all_tokens)
-    mass = jax.nn.softmax(jnp.where(order >= floor[:, None], scaled, -jnp.inf), axis=-1)
+    # As whole numbers, whose sums do not depend on how many rows there are.
+    mass = (ops.softmax(jnp.where(order >= floor[:, None], scaled, -jnp.inf)) * _WHOLE).astype(jnp.uint32)
+    enough_mass = (draw.top_p * _WHOLE).astype(jnp.uint32)
 
     def likely(bits: UInt32[Array, " L"]) -> Bool[Array, " L"]:
-        return jnp.where(order >= bits[:, None], mass, 0.0).sum(axis=-1) >= draw.top_p
+        return jnp.where(order >= bits[:, None], mass, 0).sum(axis=-1, dtype=jnp.uint32) >= enough_mass
 
     nucleus = jax.lax.cond((draw.top_p < 1).any(), lambda: _largest_bits(likely, rows), lambda: all_tokens)
     floor = jnp.maximum(floor, jnp.where(draw.top_p < 1, nucleus, all_tokens))
