@@ -25,7 +25,10 @@ Context = Annotated[
     int | None, typer.Option(min=2, help="Most tokens of prompt and reply together. [default: 4096 or the model's]")
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Most texts that run at once.")]
-Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of activations and cache.")]
+Dtype = Annotated[
+    Literal["bfloat16", "float32"],
+    typer.Option(help="Of activations and cache; CPU kernels take activations with 8 bits, or with float32 15."),
+]
 CpuThreads = Annotated[
     int | None,
     typer.Option("--cpu-threads", "--cpu-infer", "--cpu_infer", min=1, help="CPU threads. [default: all]"),
