@@ -31,7 +31,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.
 class FakeLLM:
     """A real vocabulary, and nothing behind it."""
 
-    context = 4096
+    context, load_seconds = 4096, 0.0
 
     def __init__(self, template: str | None = TEMPLATE):
         self.path, self.chat_template = demo_model(), template
@@ -68,6 +68,9 @@ class FakeEngine:
     def __init__(self, llm, *, max_queue=256):
         self.llm, self.running, self.closing = llm, 0, None
         self.asked = []
+
+    def warm_up(self):
+        return 0
 
     def generate(self, prompt, params, *, deadline):
         self.asked.append(params)
