@@ -28,9 +28,9 @@ from ktx_jax.engine.branches import Window
 from ktx_jax.tokenizer import Tokenizer
 
 
-def sequences(llm: LLM, count: int, length: int) -> np.ndarray:
-    """Random token ids, [count, length]; speed does not depend on what they say."""
-    return np.random.default_rng(0).integers(0, llm.tokenizer.vocab_size, (count, length), np.int32)
+def sequences(llm: LLM, count: int, length: int, seed: int) -> np.ndarray:
+    """Random token ids, [count, length]; speed does not depend on what they say, if they are new to the prefix cache."""
+    return np.random.default_rng(seed).integers(0, llm.tokenizer.vocab_size, (count, length), np.int32)
 
 
 def prefill(llm: LLM, rows: np.ndarray) -> int:
@@ -119,12 +119,12 @@ def main() -> None:
         print(json.dumps({"model": options.model.name, "task": against_llama(options)}))
         return
     llm = load(options, 2 * options.length)
-    rows = sequences(llm, options.count, options.length)
     works = {"prefill": prefill, "every token": every_token, "choices": choices}
     for work in works.values():
-        work(llm, rows)
+        work(llm, sequences(llm, options.count, options.length, 0))
     rates: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(options.rounds):
+        rows = sequences(llm, options.count, options.length, 1 + turn)
         for name in list(works)[:: -1 if turn % 2 else 1]:
             rates[name].append(rate(works[name], llm, rows))
     medians = {name: statistics.median(values) for name, values in rates.items()}
