@@ -29,7 +29,7 @@ from ktx_jax.tokenizer import Tokenizer
 
 
 def sequences(llm: LLM, count: int, length: int, seed: int) -> np.ndarray:
-    """Random token ids, [count, length]; speed does not depend on what they say, if they are new to the prefix cache."""
+    """Random token ids, [count, length], new to the prefix cache for each seed; speed does not depend on them."""
     return np.random.default_rng(seed).integers(0, llm.tokenizer.vocab_size, (count, length), np.int32)
 
 
