@@ -49,6 +49,8 @@ def page(server, tmp_path):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     try:
+        driver.get("about:blank")
+        driver.get_log("performance")  # what the browser's own first page asked for is not the page's
         driver.get(server.url)
         until(lambda: driver.find_element(By.ID, "model").text == "tiny")
         yield driver
