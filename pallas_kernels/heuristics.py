@@ -43,11 +43,13 @@ class DecodeTiles(NamedTuple):
     """How `decode_matmul` cuts K.
 
     Attributes:
+      rows: of a tile, 8 or 16.
       step: columns a pipeline step reads.
       splits: ranges of K that blocks of their own sum.
       stages: steps in flight.
     """
 
+    rows: int
     step: int
     splits: int
     stages: int
@@ -65,9 +67,10 @@ def decode_tiles(fmt: Format, rows: int, tiles: int, n: int, k: int, weights: in
     blocks = n // ROWS * tiles
     choices = [s for s in range(1, steps // 2 + 1) if steps % s == 0] or [1]
     splits = next((s for s in choices if s * blocks >= wanted), choices[-1])
-    stage = weights * step // fmt.depth * fmt.bytes + rows * step * 2 + step // fmt.group * rows * 4
-    stages = max(2, min(4, (_BLOCK_BYTES - ROWS * rows * 4) // stage, steps // splits))
-    return DecodeTiles(step, splits, stages)
+    stage = weights * step // fmt.depth * fmt.bytes + rows * step * 2
+    beside = ROWS * rows * 4 + fmt.minima * ROWS * fmt.group * 2
+    stages = max(2, min(4, (_BLOCK_BYTES - beside) // stage, steps // splits))
+    return DecodeTiles(rows, step, splits, stages)
 
 
 def prefill_stages(fmt: Format, rows: int, weights: int) -> int:

@@ -31,6 +31,15 @@ BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 """A value for each column, likewise."""
 
+THREADS = 128
+"""Of a warpgroup."""
+
+
+def spread(size: int) -> Any:
+    """How `size` values in a row, which `THREADS` divides, lie in a warpgroup: up to four beside each other a thread."""
+    each = size // THREADS
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=next(n for n in (4, 2, 1) if each % n == 0))
+
 
 def kernel(
     body: Callable,
@@ -108,6 +117,18 @@ def zeros(shape: tuple[int, int], interpret: bool) -> jax.Array:
     return laid_out(jnp.zeros(shape, jnp.float32), ACCUMULATOR, interpret)
 
 
+def ones(shape: tuple[int, int], interpret: bool) -> jax.Array:
+    """A matrix of ones, bfloat16."""
+    return laid_out(jnp.ones(shape, jnp.bfloat16), ACCUMULATOR, interpret)
+
+
+def indices(size: int, layout: Any, interpret: bool) -> jax.Array:
+    """0, 1, ..., int32 `[size]` in `layout`."""
+    if interpret:
+        return lax.iota(jnp.int32, size)
+    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+
+
 def columns(shape: tuple[int, int], interpret: bool) -> jax.Array:
     """The column of each element of a matrix, int32."""
     if interpret:
@@ -183,7 +204,7 @@ def with_sums(run: Callable, finish: Callable, shape: tuple[int, int], count: in
 
 
 def store_transposed(ref: Ref, x: jax.Array, interpret: bool) -> None:
-    """Stores an accumulator's values `[64, M]` (bfloat16) as `[M, 64]`."""
+    """Stores an accumulator's values `[64, M]` as `[M, 64]`."""
     if interpret:
         ref[...] = x.T
     else:

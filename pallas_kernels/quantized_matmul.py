@@ -56,12 +56,14 @@ def quantized_matmul(
     if x.shape[1] != k:
         raise ValueError(f"rows of {x.shape[1]} values do not meet a weight of shape {(n, k)}")
     if tokens <= DECODE_ROWS or dtype == jnp.float32:
-        tiles = row_tiles(x, decode_rows(tokens))
-        how = decode_tiles(fmt, tiles.shape[1], tiles.shape[0], n, k, 1)
-        (out,) = decode_products(
-            tiles, (weight[None],), jnp.zeros(tiles.shape[0], jnp.int32), name, how, interpret=interpret
+        rows = decode_rows(tokens)
+        tiles = -(-tokens // rows)
+        how = decode_tiles(fmt, rows, tiles, n, k, 1)
+        matrices = jnp.zeros(tiles, jnp.int32)
+        (parts,) = decode_products(
+            x[None], (weight[None],), matrices, name, how, dtype=dtype, interpret=interpret
         )
-        return out.transpose(0, 2, 1).reshape(-1, n)[:tokens].astype(dtype)
+        return parts.sum(0)[0].astype(dtype)
     tiles = row_tiles(x, prefill_rows(tokens, 1))
     matrices = jnp.zeros(tiles.shape[0], jnp.int32)
     out = prefill_products(tiles, (weight[None],), matrices, name, interpret=interpret)
@@ -77,16 +79,14 @@ def batched_matmul(
     tokens = x.shape[0]
     if x.shape[1:] != (heads, k):
         raise ValueError(f"rows {x.shape[1:]} do not meet weights of shape {(heads, n, k)}")
-    few = tokens <= DECODE_ROWS
-    rows = decode_rows(tokens) if few else prefill_rows(tokens, 1)
-    tiles = jax.vmap(lambda head: row_tiles(head, rows), in_axes=1)(x)  # [H, tiles, rows, K]
+    by_head = x.transpose(1, 0, 2)
+    if tokens <= DECODE_ROWS:
+        how = decode_tiles(fmt, decode_rows(tokens), heads, n, k, 1)
+        (parts,) = decode_products(by_head, (weight,), None, name, how, dtype=jnp.bfloat16, interpret=interpret)
+        return parts.sum(0).astype(jnp.bfloat16).transpose(1, 0, 2)
+    rows = prefill_rows(tokens, 1)
+    tiles = jax.vmap(lambda head: row_tiles(head, rows))(by_head)  # [H, tiles, rows, K]
     each = tiles.shape[1]
-    tiles = tiles.reshape(heads * each, rows, k)
-    if few:
-        how = decode_tiles(fmt, rows, heads, n, k, 1)
-        (out,) = decode_products(tiles, (weight,), None, name, how, interpret=interpret)
-        out = out.transpose(0, 2, 1).astype(jnp.bfloat16)
-    else:
-        matrices = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), each)
-        out = prefill_products(tiles, (weight,), matrices, name, interpret=interpret)
+    matrices = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), each)
+    out = prefill_products(tiles.reshape(heads * each, rows, k), (weight,), matrices, name, interpret=interpret)
     return out.reshape(heads, each * rows, n)[:, :tokens].transpose(1, 0, 2)
