@@ -11,6 +11,12 @@ MULTIPROCESSORS = 132
 SHARED_BYTES = 232_448
 """Shared memory that one block may have on Hopper."""
 
+THREADS = 128
+"""Of a warpgroup: a row that is spread over one is a multiple of it."""
+
+MOST_EXPERTS = 1024
+"""Among which the router's kernel chooses: their scores lie in the registers of one warpgroup."""
+
 # Blocks of one warpgroup that should share a multiprocessor in decode, and the shared memory each then has.
 _BLOCKS_EACH = 4
 _BLOCK_BYTES = 56 * 1024 - 256

@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.heuristics import THREADS
+
 _NEW_REFS = jax.__version_info__ >= (0, 11)
 _INDEX = () if _NEW_REFS else ((),)  # of a load of a whole reference
 
@@ -30,10 +32,6 @@ BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 """A value for each column, likewise."""
-
-THREADS = 128
-"""Of a warpgroup."""
-
 
 def spread(size: int) -> Any:
     """How `size` values in a row, which `THREADS` divides, lie in a warpgroup: up to four beside each other a thread."""
@@ -52,24 +50,32 @@ def kernel(
     warpgroups: int = 1,
     reduction_scratch_bytes: int = 0,
 ) -> Callable:
-    """A Mosaic GPU kernel in lane semantics whose barriers are all written out; axis "wg" names its warpgroups."""
+    """A Mosaic GPU kernel in lane semantics whose barriers are all written out; axis "wg" names its warpgroups.
+
+    An operand may be a `jax.Ref`: the kernel may write to it. (`plgpu.kernel` takes none.)
+    """
     threads = {"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}
+    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, **threads)
     params = plgpu.CompilerParams(
         approx_math=True,
         unsafe_no_auto_barriers=True,
         reduction_scratch_bytes=reduction_scratch_bytes,
         lowering_semantics=plgpu.LoweringSemantics.Lane,
     )
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=grid,
-        grid_names=grid_names,
-        scratch_types=scratch_types,
+
+    def with_scratch(*refs: Ref) -> None:
+        together = {"collective_axes": "wg"} if threads else {}
+        pl.run_scoped(lambda *scratch: body(*refs, *scratch), *scratch_types, **together)
+
+    outs = tuple(out_type) if isinstance(out_type, list | tuple) else (out_type,)
+    call = pl.kernel(
+        with_scratch,
+        out_type=outs,
+        mesh=mesh,
         compiler_params=params,
-        interpret=interpreter_params() if interpret else None,
-        **threads,
+        interpret=interpreter_params() if interpret else False,
     )
+    return call if isinstance(out_type, list | tuple) else lambda *operands: call(*operands)[0]
 
 
 def interpreter_params() -> Any:
@@ -237,6 +243,16 @@ def warpgroup_barrier(interpret: bool) -> None:
             mgpu.utils.warpgroup_barrier()
 
         barrier()  # type: ignore[call-arg]  # the context is given by what decorates it
+
+
+def pairs_swapped(x: jax.Array, interpret: bool) -> jax.Array:
+    """A `spread` row with values 2i and 2i + 1 exchanged."""
+    if interpret:
+        return x.reshape(-1, 2)[:, ::-1].reshape(-1)
+
+    from pallas_kernels.ptx import pairs_swapped as inline
+
+    return inline(x)
 
 
 def float16_field(words: jax.Array, half: int, interpret: bool) -> jax.Array:

@@ -8,6 +8,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 from pallas_kernels.decode_matmul import decode_products
 from pallas_kernels.formats import format_of
 from pallas_kernels.heuristics import DECODE_ROWS, decode_rows, decode_tiles, prefill_rows
+from pallas_kernels.parts import total_of
 from pallas_kernels.prefill_matmul import prefill_products
 from pallas_kernels.unpack import dequantize
 
@@ -63,7 +64,9 @@ def quantized_matmul(
         (parts,) = decode_products(
             x[None], (weight[None],), matrices, name, how, dtype=dtype, interpret=interpret
         )
-        return parts.sum(0)[0].astype(dtype)
+        if how.splits == 1 or dtype == jnp.float32:
+            return parts.sum(0)[0]
+        return total_of(parts[:, 0])
     tiles = row_tiles(x, prefill_rows(tokens, 1))
     matrices = jnp.zeros(tiles.shape[0], jnp.int32)
     out = prefill_products(tiles, (weight[None],), matrices, name, interpret=interpret)

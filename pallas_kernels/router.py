@@ -5,8 +5,6 @@ A block is one warpgroup with one token: its few hundred scores are spread over 
 reducing over all of them, and where it is by reducing again, so that of equals the first is taken, as `lax.top_k` does.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,41 +13,42 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float32, Int32
 
 from pallas_kernels import mosaic
+from pallas_kernels.heuristics import MOST_EXPERTS, THREADS
 from pallas_kernels.mosaic import Ref
 
-_MOST_EXPERTS = 1024
 _LEAST = -1e30
 
 
-class Choice(NamedTuple):
-    """How experts are chosen: of the `kept_groups` of `groups` equal groups whose best expert scores highest, the
-    `experts` that score highest. Their scores are the weights; `normalized` divides them by their sum; then times
-    `scale`."""
-
-    experts: int
-    groups: int
-    kept_groups: int
-    normalized: bool
-    scale: float
-
-
 def choose_experts_reference(
-    logits: Float32[Array, "T E"], live: Bool[Array, " T"], choice: Choice
+    logits: Float32[Array, "T E"],
+    live: Bool[Array, " T"],
+    *,
+    experts: int,
+    groups: int,
+    kept_groups: int,
+    normalized: bool,
+    scale: float,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
     """`choose_experts` in `jax.lax`."""
-    tokens, experts = logits.shape
-    scores = jax.nn.softmax(logits)
-    groups = scores.reshape(tokens, choice.groups, -1)
-    _, best = lax.top_k(groups.max(axis=-1), choice.kept_groups)
-    kept = jax.nn.one_hot(best, choice.groups, dtype=bool).any(axis=1)
-    weights, ids = lax.top_k(jnp.where(kept[..., None], groups, 0.0).reshape(tokens, experts), choice.experts)
-    if choice.normalized:
+    by_group = jax.nn.softmax(logits).reshape(logits.shape[0], groups, -1)
+    _, best = lax.top_k(by_group.max(axis=-1), kept_groups)
+    kept = jax.nn.one_hot(best, groups, dtype=bool).any(axis=1)
+    weights, ids = lax.top_k(jnp.where(kept[..., None], by_group, 0.0).reshape(logits.shape), experts)
+    if normalized:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    return jnp.where(live[:, None], ids, -1), weights * choice.scale
+    return jnp.where(live[:, None], ids, -1), weights * scale
 
 
 def choose_experts(
-    logits: Float32[Array, "T E"], live: Bool[Array, " T"], choice: Choice, *, interpret: bool = False
+    logits: Float32[Array, "T E"],
+    live: Bool[Array, " T"],
+    *,
+    experts: int,
+    groups: int,
+    kept_groups: int,
+    normalized: bool,
+    scale: float,
+    interpret: bool = False,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
     """Each token's experts, the best first, and their weights; no expert (-1) for a token that is not live.
 
@@ -58,24 +57,27 @@ def choose_experts(
 
     Args:
       logits: the router's product.
+      experts: how many a token has.
+      groups, kept_groups: they come from those `kept_groups` of so many equal groups whose best experts score highest.
+      normalized: whether the weights are divided by their sum, before they are multiplied by `scale`.
       interpret: run in JAX's CPU interpreter of Mosaic kernels.
 
     Raises `NotImplementedError` for more than 1024 experts, and for numbers of them that 4 does not divide.
     """
-    tokens, experts = logits.shape
-    if experts > _MOST_EXPERTS or experts % 4:
-        raise NotImplementedError(f"the kernel takes up to {_MOST_EXPERTS} experts, in fours, not {experts}")
-    if experts % choice.groups or not choice.experts <= experts // choice.groups * choice.kept_groups:
-        raise ValueError(f"{choice} cannot be made of {experts} experts")
-    lanes = -(-experts // mosaic.THREADS) * mosaic.THREADS
+    tokens, count = logits.shape
+    if count > MOST_EXPERTS or count % 4:
+        raise NotImplementedError(f"the kernel chooses of up to {MOST_EXPERTS} experts, in fours, not of {count}")
+    if count % groups or experts > count // groups * kept_groups:
+        raise ValueError(f"{count} experts in {groups} groups do not give {experts} of {kept_groups} groups")
+    lanes = -(-count // THREADS) * THREADS
     layout = mosaic.spread(lanes)
 
     def body(logits_g: Ref, live_g: Ref, ids_g: Ref, weights_g: Ref, row_s: Ref, here: Ref) -> None:
         token = lax.axis_index("token")
         expert = mosaic.indices(lanes, layout, interpret)
-        there = expert < experts
-        group = expert // (experts // choice.groups)
-        plgpu.copy_gmem_to_smem(logits_g.at[token], row_s.at[pl.ds(0, experts)], here)
+        there = expert < count
+        group = expert // (count // groups)
+        plgpu.copy_gmem_to_smem(logits_g.at[token], row_s.at[pl.ds(0, count)], here)
         plgpu.barrier_wait(here)
         # What lies behind the row in shared memory is left out, whatever it is.
         row = jnp.where(there, mosaic.load(row_s, layout, interpret), _LEAST)
@@ -87,29 +89,29 @@ def choose_experts(
             top = jnp.max(values)
             return top, jnp.min(jnp.where(values == top, of, bound))
 
-        if choice.kept_groups < choice.groups:
+        if kept_groups < groups:
             left, kept = scores, jnp.zeros_like(scores)
-            for _ in range(choice.kept_groups):
-                _, chosen = best(left, group, choice.groups)
+            for _ in range(kept_groups):
+                _, chosen = best(left, group, groups)
                 kept = jnp.where(group == chosen, scores, kept)
                 left = jnp.where(group == chosen, -1.0, left)
             scores = kept
         left, picked = jnp.where(there, scores, -1.0), []
-        for _ in range(choice.experts):
+        for _ in range(experts):
             score, chosen = best(left, expert, lanes)
             left = jnp.where(expert == chosen, -1.0, left)
             picked.append((chosen, score))
-        total = sum((score for _, score in picked), jnp.float32(1e-20)) if choice.normalized else 1.0
+        total = sum((score for _, score in picked), jnp.float32(1e-20)) if normalized else 1.0
         for slot, (chosen, score) in enumerate(picked):
             ids_g[token, slot] = jnp.where(live_g[token] > 0, chosen, -1)
-            weights_g[token, slot] = score / total * choice.scale
+            weights_g[token, slot] = score / total * scale
 
     return mosaic.kernel(
         body,
         interpret=interpret,
         out_type=[
-            jax.ShapeDtypeStruct((tokens, choice.experts), jnp.int32),
-            jax.ShapeDtypeStruct((tokens, choice.experts), jnp.float32),
+            jax.ShapeDtypeStruct((tokens, experts), jnp.int32),
+            jax.ShapeDtypeStruct((tokens, experts), jnp.float32),
         ],
         grid=(tokens,),
         grid_names=("token",),

@@ -12,7 +12,7 @@ from pallas_cases import interpreter, random_blocks, random_rows, relative_error
 
 from ktx_jax import ops
 from ktx_jax.quantized import PlanesArray, QuantizedArray
-from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul
+from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul, rms_norm, router
 from pallas_kernels.pack import pack
 
 
@@ -24,6 +24,9 @@ def _interpreted(monkeypatch):
         (grouped_matmul, "grouped_mlp"),
         (grouped_matmul, "gated_matmul"),
         (mla_attention, "mla_attention"),
+        (rms_norm, "rms_norm"),
+        (rms_norm, "add_rms_norm"),
+        (router, "choose_experts"),
     ):
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
 

@@ -45,15 +45,34 @@ def new_cache(config: Config, layers: int, pages: int, page: int, dtype: jax.typ
 def write(pages: jax.Array, rows: Float[Array, "T R_P"], run: Run, *, implementation: str = "xla") -> jax.Array:
     """Puts each token's row at its position's place; padding is dropped."""
     count, page, width = pages.shape
-    at = jnp.maximum(run.positions, 0)
-    place = run.block_table[run.sequence, at // page] * page + at % page
     if implementation == "ffi":
-        return ktx_ffi.cache_write(pages, rows, jnp.where(run.positions >= 0, place, -1))
-    place = jnp.where(run.positions >= 0, place, count * page)
+        return ktx_ffi.cache_write(pages, rows, _places(run, page, -1))
+    place = _places(run, page, count * page)
     if pages.dtype == jnp.uint16:
         rows = jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
     flat = pages.reshape(count * page, width).at[place].set(rows.astype(pages.dtype), mode="drop")
     return flat.reshape(pages.shape)
+
+
+def write_latents(
+    pages: jax.Array,
+    x: Float[Array, "T R_P"],
+    weight: Float[Array, " R"],
+    eps: float,
+    cos: Float[Array, "T half"],
+    sin: Float[Array, "T half"],
+    run: Run,
+) -> jax.Array:
+    """Puts each token's normed latent and rotated key at its position's place, in one GPU kernel."""
+    from pallas_kernels.latents import write_latents as on_gpu
+
+    return on_gpu(pages, x, weight, eps, cos, sin, _places(run, pages.shape[1], -1))
+
+
+def _places(run: Run, page: int, nowhere: int) -> Int[Array, " T"]:
+    """Each token's row in the pages laid end to end."""
+    at = jnp.maximum(run.positions, 0)
+    return jnp.where(run.positions >= 0, run.block_table[run.sequence, at // page] * page + at % page, nowhere)
 
 
 def copy_pages(cache: Cache, source: Int[Array, " n"], target: Int[Array, " n"]) -> Cache:
