@@ -52,7 +52,7 @@ def _batches(units: list, size: int) -> list[list]:
 
 
 def decode_products(
-    x: BFloat16[Array, "G R K"],
+    x: BFloat16[Array, "G R columns"],
     weights: Sequence[Int32[Array, "E n k rows 64"]],
     expert: Int32[Array, " tiles"] | None,
     name: str,
@@ -63,6 +63,7 @@ def decode_products(
 ) -> tuple[Float[Array, "splits groups R N"], ...]:
     """x · wᵀ for each weight, as float32 parts to be summed over ranges of K; of one range, as values of `dtype`.
 
+    Of rows of more columns than the weights have, the first K are meant.
     Each group of R rows is cut in tiles of `how.rows`. Tile i meets the matrix `expert[i]` of each weight; None for the
     matrix of its group's number. Where there is one group of one tile, it meets all of `expert`, and there is a result
     for each. Tiles whose expert is not one of the E are skipped; what is returned for them is meaningless.
@@ -72,7 +73,8 @@ def decode_products(
       how: rows of a tile, columns a step and ranges of K (`pallas_kernels.heuristics.decode_tiles`).
     """
     fmt = format_of(name)
-    groups, live, k = x.shape
+    groups, live, _ = x.shape
+    *_, k = fmt.weight_shape(weights[0].shape)
     m = how.rows
     each = -(-live // m)  # tiles of a group
     tiles = groups * each if expert is None else expert.shape[0]

@@ -64,8 +64,8 @@ class DecodeTiles(NamedTuple):
 def decode_tiles(fmt: Format, rows: int, tiles: int, n: int, k: int, weights: int) -> DecodeTiles:
     """For `tiles` tiles of `rows` rows against `[n, k]` matrices, `weights` of them a block.
 
-    K is split until four blocks share each multiprocessor, while a range has two steps at least. How it is split does
-    not depend on `rows`.
+    K is split until four blocks share each multiprocessor, while a range has two steps at least; and not at all where
+    two do so anyway, as to add up the parts takes another kernel. How it is split does not depend on `rows`.
     """
     step = next(s for s in (256, 192, 128, TILE) if k % s == 0 and s % fmt.depth == 0)
     steps = k // step
@@ -73,6 +73,8 @@ def decode_tiles(fmt: Format, rows: int, tiles: int, n: int, k: int, weights: in
     blocks = n // ROWS * tiles
     choices = [s for s in range(1, steps // 2 + 1) if steps % s == 0] or [1]
     splits = next((s for s in choices if s * blocks >= wanted), choices[-1])
+    if blocks >= 2 * MULTIPROCESSORS:
+        splits = 1
     stage = weights * step // fmt.depth * fmt.bytes + rows * step * 2
     beside = ROWS * rows * 4 + fmt.minima * ROWS * fmt.group * 2
     stages = max(2, min(4, (_BLOCK_BYTES - beside) // stage, steps // splits))

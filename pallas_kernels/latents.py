@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention keeps of a token (DeepSeek-V2, arXiv:2405.04434, section 2.1.3), made and put into the paged cache, and
-the reference in plain XLA.
+"""What attention keeps of a token (DeepSeek-V2, arXiv:2405.04434, section 2.1.3), made and put into the paged cache.
 
 A block is one warpgroup with one token. It writes into the cache itself: no other row is touched or copied.
 """
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float32, Int, UInt16
+from jaxtyping import Array, BFloat16, Float, Float32, Int, UInt16
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import Ref
@@ -43,7 +42,7 @@ def write_latents_reference(
 
 def write_latents(
     pages: UInt16[Array, "pages page R_P"],
-    x: BFloat16[Array, "T R_P"],
+    x: Float[Array, "T R_P"],
     weight: Float32[Array, " R"],
     eps: float,
     cos: Float32[Array, "T half"],

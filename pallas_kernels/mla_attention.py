@@ -69,8 +69,8 @@ def mla_attention(
 ) -> BFloat16[Array, "T H R"]:
     """Attention of each token to rows 0..position of its own sequence: the weighted sums of latents.
 
-    Products take bfloat16 operands (the weights of the sum included); scores, softmax and sums are float32, the result is
-    rounded.
+    Products take bfloat16 operands (the weights of the sum included); scores, softmax and sums are float32, and the
+    result is rounded.
 
     Args:
       q_latent: queries against the latent (absorbed through k_b); q_rope: rotated queries.

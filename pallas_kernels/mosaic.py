@@ -33,8 +33,9 @@ BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 """A value for each column, likewise."""
 
+
 def spread(size: int) -> Any:
-    """How `size` values in a row, which `THREADS` divides, lie in a warpgroup: up to four beside each other a thread."""
+    """How a row of `size` values, a multiple of `THREADS`, lies in a warpgroup: up to four neighbours a thread."""
     each = size // THREADS
     return plgpu.Layout.WG_STRIDED((size,), vec_size=next(n for n in (4, 2, 1) if each % n == 0))
 
@@ -68,7 +69,7 @@ def kernel(
         pl.run_scoped(lambda *scratch: body(*refs, *scratch), *scratch_types, **together)
 
     outs = tuple(out_type) if isinstance(out_type, list | tuple) else (out_type,)
-    call = pl.kernel(
+    call: Any = pl.kernel(
         with_scratch,
         out_type=outs,
         mesh=mesh,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products whose sum over ranges of K is left to the kernel that reads them.
 
-`decode_matmul` gives parts. Their sum is an array like any other to whoever asks for one; a kernel that reads it a row at
-a time looks here for the parts it was made of, and adds them up itself. XLA then has no use for the sum and drops it,
-and with it a kernel. That is known of the very array only: of what was made of it, and in another trace, it is not.
+`decode_matmul` gives parts. Their sum is an array like any other to whoever asks for one; a kernel that reads it row by
+row looks here for the parts it was made of, and adds them up itself. XLA then has no use for the sum and drops it, and
+with it a kernel. That is known of the very array only: of what was made of it, and in another trace, it is not.
 """
 
 import weakref
@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
 from pallas_kernels import mosaic

@@ -61,9 +61,7 @@ def quantized_matmul(
         tiles = -(-tokens // rows)
         how = decode_tiles(fmt, rows, tiles, n, k, 1)
         matrices = jnp.zeros(tiles, jnp.int32)
-        (parts,) = decode_products(
-            x[None], (weight[None],), matrices, name, how, dtype=dtype, interpret=interpret
-        )
+        (parts,) = decode_products(x[None], (weight[None],), matrices, name, how, dtype=dtype, interpret=interpret)
         if how.splits == 1 or dtype == jnp.float32:
             return parts.sum(0)[0]
         return total_of(parts[:, 0])
@@ -74,13 +72,13 @@ def quantized_matmul(
 
 
 def batched_matmul(
-    x: BFloat16[Array, "T H K"], weight: Int32[Array, "H n k rows 64"], name: str, *, interpret: bool = False
+    x: BFloat16[Array, "T H columns"], weight: Int32[Array, "H n k rows 64"], name: str, *, interpret: bool = False
 ) -> BFloat16[Array, "T H N"]:
-    """x · wᵀ for each head: `quantized_matmul` of `x[:, h]` and `weight[h]`, bfloat16."""
+    """x · wᵀ for each head: `quantized_matmul` of `x[:, h]`, its first K columns, and `weight[h]`, bfloat16."""
     fmt = format_of(name)
     heads, n, k = fmt.weight_shape(weight.shape)
     tokens = x.shape[0]
-    if x.shape[1:] != (heads, k):
+    if x.shape[1] != heads or x.shape[2] < k:
         raise ValueError(f"rows {x.shape[1:]} do not meet weights of shape {(heads, n, k)}")
     by_head = x.transpose(1, 0, 2)
     if tokens <= DECODE_ROWS:
@@ -88,7 +86,7 @@ def batched_matmul(
         (parts,) = decode_products(by_head, (weight,), None, name, how, dtype=jnp.bfloat16, interpret=interpret)
         return parts.sum(0).astype(jnp.bfloat16).transpose(1, 0, 2)
     rows = prefill_rows(tokens, 1)
-    tiles = jax.vmap(lambda head: row_tiles(head, rows))(by_head)  # [H, tiles, rows, K]
+    tiles = jax.vmap(lambda head: row_tiles(head, rows))(by_head[..., :k])  # [H, tiles, rows, K]
     each = tiles.shape[1]
     matrices = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), each)
     out = prefill_products(tiles.reshape(heads * each, rows, k), (weight,), matrices, name, interpret=interpret)

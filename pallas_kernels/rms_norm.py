@@ -8,7 +8,7 @@ A block is one warpgroup with one row, spread over its registers. What is normal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float32
+from jaxtyping import Array, BFloat16, Float, Float32
 
 from pallas_kernels import mosaic
 from pallas_kernels.heuristics import THREADS
@@ -16,9 +16,7 @@ from pallas_kernels.mosaic import Ref
 from pallas_kernels.parts import as_parts, row_total
 
 
-def rms_norm_reference(
-    x: BFloat16[Array, "T D"], weight: Float32[Array, " D"], eps: float
-) -> BFloat16[Array, "T D"]:
+def rms_norm_reference(x: BFloat16[Array, "T D"], weight: Float32[Array, " D"], eps: float) -> BFloat16[Array, "T D"]:
     """x / sqrt(mean(x²) + eps) * weight, in float32, rounded."""
     wide = x.astype(jnp.float32)
     return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * weight).astype(x.dtype)
@@ -32,7 +30,7 @@ def add_rms_norm_reference(
 
 
 def rms_norm(
-    x: BFloat16[Array, "T D"], weight: Float32[Array, " D"], eps: float, *, interpret: bool = False
+    x: Float[Array, "T D"], weight: Float32[Array, " D"], eps: float, *, interpret: bool = False
 ) -> BFloat16[Array, "T D"]:
     """x / sqrt(mean(x²) + eps) * weight, in float32, rounded. A row's result does not depend on the others.
 
@@ -46,8 +44,8 @@ def rms_norm(
 
 
 def add_rms_norm(
-    x: BFloat16[Array, "T D"],
-    y: BFloat16[Array, "T D"],
+    x: Float[Array, "T D"],
+    y: Float[Array, "T D"],
     weight: Float32[Array, " D"],
     eps: float,
     *,
@@ -59,8 +57,8 @@ def add_rms_norm(
 
 
 def _norm(
-    x: BFloat16[Array, "T D"],
-    to: BFloat16[Array, "T D"] | None,
+    x: Float[Array, "T D"],
+    to: Float[Array, "T D"] | None,
     weight: Float32[Array, " D"],
     eps: float,
     interpret: bool,

@@ -62,14 +62,14 @@ class Linear(Cut):
 
 
 class HeadLinear(Cut):
-    """A weight `[H, out, in]`, or `[H, in, out]` where `transposed`; only heads are cut."""
+    """A weight `[H, out, in]`, or `[H, in, out]` where `transposed`, for rows' first columns; only heads are cut."""
 
     def __init__(self, heads: int, out: int, size: int, *, transposed: bool = False, rngs: nnx.Rngs):
         shape = (heads, size, out) if transposed else (heads, out, size)
         super().__init__(jax.random.normal(rngs.params(), shape) * _INIT_STD)
         self.transposed = transposed
 
-    def __call__(self, x: Float[Array, "T H K"]) -> Float[Array, "T H N"]:
+    def __call__(self, x: Float[Array, "T H columns"]) -> Float[Array, "T H N"]:
         return ops.head_matmul(x, self.weight.get_value(), transposed=self.transposed)
 
 
@@ -148,9 +148,8 @@ class Attention(nnx.Module):
             else:
                 q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)), want=heads)
             q = q.reshape(tokens, -1, c.qk_head_dim)  # [T, H, N + P], H cut over `heads`
-            q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
-            q_rope = rotate(q_rope, cos, sin)
-            q_latent = self.k_b_proj(q_nope)
+            q_rope = rotate(q[..., c.qk_nope_head_dim :], cos, sin)
+            q_latent = self.k_b_proj(q)
         with jax.named_scope("latent"):
             kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm  # [T, R + P]
             if self.implementation == "pallas":
@@ -248,9 +247,7 @@ class Router(Linear):
 
     def route(self, x: Float[Array, "T D"], live: jax.Array) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         logits = self(x.astype(jnp.float32))
-        return ops.choose_experts(
-            logits, live, self.choice, scores=self.scores, implementation=self.implementation
-        )
+        return ops.choose_experts(logits, live, self.choice, scores=self.scores, implementation=self.implementation)
 
 
 class MoE(nnx.Module):

@@ -59,14 +59,16 @@ def has_kernel(path: str) -> bool:
 
 
 def stays_float32(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter lies in memory for the kernels as it does for XLA: norms, and routers, whose product is XLA's."""
+    """Whether a parameter lies in memory as it does for XLA: norms, and routers, whose product is XLA's."""
     return len(shape) == 1 or path.endswith(".mlp.gate")
 
 
 def float32_obstacle(path: str, shape: tuple[int, ...]) -> str | None:
     """Why the kernels cannot compute with a parameter that `stays_float32`, or None."""
     if len(shape) == 1:
-        return f"the kernel of norms takes rows in {THREADS}s, and they are of {shape[0]}" if shape[0] % THREADS else None
+        return (
+            f"the kernel of norms takes rows in {THREADS}s, and they are of {shape[0]}" if shape[0] % THREADS else None
+        )
     count = shape[0]
     if count % 4 or count > MOST_EXPERTS:
         return f"the kernel of routers takes up to {MOST_EXPERTS} experts, in fours, and there are {count}"
