@@ -115,6 +115,6 @@ def test_what_the_kernels_cannot_take_is_named():
         rms_norm(rows[:, :200], weight[:200], _EPS)
     cache, turn, place = jnp.zeros((1, 16, 576), jnp.uint16), jnp.zeros((1, 32)), jnp.zeros(1, jnp.int32)
     with pytest.raises(NotImplementedError, match=r"512 \+ 64, not 320 with 256"):
-        write_latents(cache, jnp.zeros((1, 320), jnp.bfloat16), weight[:256], _EPS, turn, turn, place)
+        write_latents(cache[..., :320], jnp.zeros((1, 320), jnp.bfloat16), weight[:256], _EPS, turn, turn, place)
     with pytest.raises(NotImplementedError, match="bfloat16 rows, not float32"):
         write_latents(cache, jnp.zeros((1, 576)), weight, _EPS, turn, turn, place)
