@@ -120,7 +120,7 @@ def cases(model: Model) -> Iterator[Case]:
     """Every kernel at a model's shapes."""
     for what, n, k, types in model.matrices:
         for name in types:
-            for rows in (1, 16, 64, 512):
+            for rows in (1, 12, 16, 64, 512):
                 if what == "head" and rows == 512:
                     continue
                 call = partial(quantized_matmul, name=name, dtype=jnp.float32 if what == "head" else jnp.bfloat16)

@@ -86,10 +86,13 @@ def decode_products(
     units = [(w, r, t) for r in range(records) for t in range(fmt.tiles) for w in range(len(weights))]
     a_tile = (len(weights) + fmt.minima) * fmt.groups * m // 2  # registers for sums
     at_once = max(_SUM_REGISTERS // len(weights) // a_tile, 1) * len(weights)
-    # A copy fills up a tile that reaches beyond its group with zeros, and leaves out its results: no array is padded.
-    # The interpreter has no such copies.
-    if interpret:
-        x = jnp.pad(x, ((0, 0), (0, each * m - live), (0, 0)))
+    # A copy fills up a tile that reaches beyond its group with zeros, and leaves out its results: few rows need not be
+    # padded. More than 8 come in eights; the interpreter has no such copies.
+    rows = each * m if interpret else live if live <= 8 else -(-live // 8) * 8
+    if rows > live:
+        x = jnp.pad(x, ((0, 0), (0, rows - live), (0, 0)))
+    if x.shape[2] % TILE:
+        x = x[..., :k]
 
     def add_scaled(totals: list, batch: list, x_s: Ref, records_s: Sequence, ones_s: Ref | None) -> None:
         pairs, summed = [], {}
@@ -121,7 +124,7 @@ def decode_products(
         outs_g, staging = rest[:-1], rest[-1]
         tile, block, split = (lax.axis_index(name) for name in ("tile", "block", "split"))
         first = split * steps
-        group, part = (tile, 0) if each == 1 else (lax.div(tile, each), lax.rem(tile, each))
+        group, part = lax.div(tile, each), lax.rem(tile, each)  # not numbers: tiles may reach out of bounds
 
         def step(_: Any, x_s: Ref, *buffers: Any) -> tuple[jax.Array, ...]:
             *records_s, totals = buffers
@@ -162,14 +165,14 @@ def decode_products(
             matrix = expert_g[tile]
             pl.when((matrix >= 0) & (matrix < experts))(lambda: run(matrix))
 
-    out_shape = (how.splits, tiles // each, x.shape[1], blocks * ROWS)
+    out_shape = (how.splits, tiles // each, rows, blocks * ROWS)
     call = mosaic.kernel(
         body,
         interpret=interpret,
         out_type=[jax.ShapeDtypeStruct(out_shape, dtype)] * len(weights),
         grid=(tiles, blocks, how.splits),
         grid_names=("tile", "block", "split"),
-        scratch_types=[plgpu.SMEM((m, ROWS), dtype)]
+        scratch_types=[plgpu.SMEM((m, ROWS), dtype, transforms=mosaic.staging(dtype))]
         + [plgpu.SMEM((ROWS, fmt.group), jnp.bfloat16, transforms=mosaic.tiling(fmt.group))] * fmt.minima,
     )
     parts = call(x, *weights, *([] if expert is None else [expert]))

@@ -96,6 +96,11 @@ def tiling(columns: int) -> tuple[Any, ...]:
     return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
 
 
+def staging(dtype: Any) -> tuple[Any, ...]:
+    """Shared memory transforms of rows for `store_transposed`, without bank conflicts."""
+    return (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
+
+
 def load(ref: Ref, layout: Any, interpret: bool) -> jax.Array:
     """A shared memory reference as registers in `layout`."""
     if interpret:

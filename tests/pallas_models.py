@@ -93,6 +93,7 @@ def logits(gguf: GGUF, config: Config, plan: Plan, dtype: Any = jnp.bfloat16) ->
 
 def _batched_reference(x: jax.Array, weight: jax.Array, name: str) -> jax.Array:
     dense = dequantize(weight, name)
+    x = x[..., : dense.shape[-1]]
     return jnp.einsum("thk,hnk->thn", x.astype(jnp.float32), dense, precision="highest").astype(x.dtype)
 
 
