@@ -14,8 +14,8 @@ SHARED_BYTES = 232_448
 THREADS = 128
 """Of a warpgroup: a row that is spread over one is a multiple of it."""
 
-MOST_EXPERTS = 1024
-"""Among which the router's kernel chooses: their scores lie in the registers of one warpgroup."""
+MOST_EXPERTS = 256
+"""Among which the router's kernel chooses: what one copy takes."""
 
 # Blocks of one warpgroup that should share a multiprocessor in decode, and the shared memory each then has.
 _BLOCKS_EACH = 4

@@ -17,6 +17,7 @@ from pallas_kernels.heuristics import MOST_EXPERTS, THREADS
 from pallas_kernels.mosaic import Ref
 
 _LEAST = -1e30
+_COPIED = 32  # numbers of which a copy to shared memory takes multiples
 
 
 def choose_experts_reference(
@@ -62,13 +63,16 @@ def choose_experts(
       normalized: whether the weights are divided by their sum, before they are multiplied by `scale`.
       interpret: run in JAX's CPU interpreter of Mosaic kernels.
 
-    Raises `NotImplementedError` for more than 1024 experts, and for numbers of them that 4 does not divide.
+    Raises `NotImplementedError` for more than 256 experts.
     """
     tokens, count = logits.shape
-    if count > MOST_EXPERTS or count % 4:
-        raise NotImplementedError(f"the kernel chooses of up to {MOST_EXPERTS} experts, in fours, not of {count}")
+    if count > MOST_EXPERTS:
+        raise NotImplementedError(f"the kernel chooses among up to {MOST_EXPERTS} experts, not among {count}")
     if count % groups or experts > count // groups * kept_groups:
         raise ValueError(f"{count} experts in {groups} groups do not give {experts} of {kept_groups} groups")
+    copied = -(-count // _COPIED) * _COPIED
+    if copied > count:
+        logits = jnp.pad(logits, ((0, 0), (0, copied - count)))
     lanes = -(-count // THREADS) * THREADS
     layout = mosaic.spread(lanes)
 
@@ -77,7 +81,7 @@ def choose_experts(
         expert = mosaic.indices(lanes, layout, interpret)
         there = expert < count
         group = expert // (count // groups)
-        plgpu.copy_gmem_to_smem(logits_g.at[token], row_s.at[pl.ds(0, count)], here)
+        plgpu.copy_gmem_to_smem(logits_g.at[token], row_s.at[pl.ds(0, copied)], here)
         plgpu.barrier_wait(here)
         # What lies behind the row in shared memory is left out, whatever it is.
         row = jnp.where(there, mosaic.load(row_s, layout, interpret), _LEAST)

@@ -245,7 +245,7 @@ def test_models_cut_over_four_devices():
     assert set(found) == {"experts and width", "width alone"}
     for line in found.values():
         assert line["error"] < 1.3 * line["error of xla"] < 4e-2
-        assert line["on kernels"] == 20
+        assert line["on kernels"] == 28
         assert line["planned"] == line["live"]
 
 

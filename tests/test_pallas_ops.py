@@ -105,7 +105,7 @@ def test_norms_and_choices_of_a_model():
         random_rows((2, 256), rng),
         jnp.asarray(rng.uniform(1, 2, 256), jnp.float32),
     )
-    logits, live = jnp.asarray(rng.standard_normal((2, 16)), jnp.float32), jnp.array([True, False])
+    logits, live = jnp.asarray(rng.standard_normal((2, 32)), jnp.float32), jnp.array([True, False])
     choice = ops.Choice(experts=4, groups=4, kept_groups=2, normalized=True, scale=2.0)
     with interpreter():
         one, two = (

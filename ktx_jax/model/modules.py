@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ktx_jax import ops
-from ktx_jax.model.cache import Cache, Run, write, write_latents
+from ktx_jax.model.cache import Cache, Run, write_latents
 from ktx_jax.model.capture import current, tracing
 from ktx_jax.model.config import Config
 from ktx_jax.model.rope import cos_sin, rotate
@@ -152,12 +152,7 @@ class Attention(nnx.Module):
             q_latent = self.k_b_proj(q)
         with jax.named_scope("latent"):
             kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm  # [T, R + P]
-            if self.implementation == "pallas":
-                pages = write_latents(pages, kv, norm.whole, norm.eps, cos, sin, run)
-            else:
-                latent, k_rope = jnp.split(kv, [c.kv_lora_rank], axis=-1)
-                row = jnp.concatenate([norm(latent), rotate(k_rope, cos, sin)], axis=-1)
-                pages = write(pages, row, run, implementation=self.implementation)
+            pages = write_latents(pages, kv, norm, cos, sin, run, implementation=self.implementation)
         with jax.named_scope("attend"):
             mixed = ops.mla_attention(
                 q_latent, q_rope, pages, run.block_table, run.sequence, run.positions,

@@ -70,8 +70,8 @@ def float32_obstacle(path: str, shape: tuple[int, ...]) -> str | None:
             f"the kernel of norms takes rows in {THREADS}s, and they are of {shape[0]}" if shape[0] % THREADS else None
         )
     count = shape[0]
-    if count % 4 or count > MOST_EXPERTS:
-        return f"the kernel of routers takes up to {MOST_EXPERTS} experts, in fours, and there are {count}"
+    if count > MOST_EXPERTS:
+        return f"the router's kernel chooses among up to {MOST_EXPERTS} experts, and there are {count}"
     return None
 
 
