@@ -7,6 +7,7 @@ registers and no inline PTX, so here each such operation has a plain equivalent,
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -44,22 +45,62 @@ def kernel(
     reduction_scratch_bytes: int = 0,
 ) -> Callable:
     """A Mosaic GPU kernel in lane semantics whose barriers are all written out; axis "wg" names its warpgroups."""
-    threads = {"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}
-    params = plgpu.CompilerParams(
-        approx_math=True,
-        unsafe_no_auto_barriers=True,
-        reduction_scratch_bytes=reduction_scratch_bytes,
-        lowering_semantics=plgpu.LoweringSemantics.Lane,
-    )
     return plgpu.kernel(
         body,
         out_type=out_type,
         grid=grid,
         grid_names=grid_names,
         scratch_types=scratch_types,
-        compiler_params=params,
+        compiler_params=_parameters(reduction_scratch_bytes),
         interpret=interpreter_params() if interpret else None,
-        **threads,
+        **_threads(warpgroups),
+    )
+
+
+def kernel_in_place(
+    body: Callable,
+    *,
+    interpret: bool,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    scratch_types: Sequence[Any],
+    warpgroups: int,
+) -> Callable:
+    """A kernel like `kernel`'s that gives nothing, and changes those of its operands that are references (`mutable`).
+
+    `plgpu.kernel` takes no references in jax 0.10.2, what is below it does.
+    """
+    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, **_threads(warpgroups))
+
+    def with_scratch(*refs: Ref) -> None:
+        pl.run_scoped(partial(body, *refs), *scratch_types, collective_axes="wg")
+
+    make: Any = pl.kernel
+    return make(
+        with_scratch,
+        out_type=(),
+        mesh=mesh,
+        compiler_params=_parameters(0),
+        interpret=interpreter_params() if interpret else False,
+        name=body.__name__,
+    )
+
+
+def mutable(x: jax.Array) -> Ref:
+    """A reference to a copy of x, for `kernel_in_place` to change; `jax.freeze` gives what it holds in the end."""
+    return jax.new_ref(x, memory_space=plgpu.GMEM)
+
+
+def _threads(warpgroups: int) -> dict[str, Any]:
+    return {"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}
+
+
+def _parameters(reduction_scratch_bytes: int) -> Any:
+    return plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=reduction_scratch_bytes,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
     )
 
 
@@ -141,6 +182,20 @@ def products(pairs: Sequence[tuple[Any, Any]], columns: int, interpret: bool) ->
     return pl.run_scoped(start, *[plgpu.WGMMAAccumulatorRef((64, columns), jnp.float32)] * len(pairs))
 
 
+def sum_of_products(pairs: Sequence[tuple[Any, Any]], columns: int, interpret: bool) -> jax.Array:
+    """The sum of a · bᵀ over the pairs, float32 `[64, columns]`; both in shared memory."""
+    if interpret:
+        return sum(jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32) for a, b in pairs)
+
+    def start(total: Any) -> jax.Array:
+        for a, b in pairs:
+            plgpu.wgmma(total, a, transposed(b))
+        plgpu.wgmma_wait(0)
+        return total[...]
+
+    return pl.run_scoped(start, plgpu.WGMMAAccumulatorRef((64, columns), jnp.float32))
+
+
 def accumulate(total: Any, a: jax.Array, b: Any, interpret: bool) -> Any:
     """Starts total += a · bᵀ; a bfloat16 `[64, K]` in registers, b in shared memory. Wait with `wgmma_wait`."""
     if interpret:
@@ -149,8 +204,16 @@ def accumulate(total: Any, a: jax.Array, b: Any, interpret: bool) -> Any:
     return total
 
 
+def accumulate_onto(total: Any, a: Any, b: Any, interpret: bool) -> Any:
+    """Starts total += a · b, both bfloat16 in shared memory. Wait with `wgmma_wait`."""
+    if interpret:
+        return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+    plgpu.wgmma(total, a, b)
+    return total
+
+
 def accumulated(total: jax.Array, a: Any, b: Any, interpret: bool) -> jax.Array:
-    """total + a · b, with both in shared memory."""
+    """total + a · b; a in registers or shared memory, b in shared memory."""
     if interpret:
         return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
     sums: Any = plgpu.WGMMAAccumulatorRef.init(total)

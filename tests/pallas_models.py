@@ -27,7 +27,7 @@ from ktx_jax.sharding.mesh import bind
 from ktx_jax.sharding.parameters import file_types
 from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.rules import Rules
-from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul
+from pallas_kernels import grouped_matmul, mla_attention, mla_prefill, quantized_matmul
 from pallas_kernels.unpack import dequantize
 
 # Latents of 512 + 64, which the attention kernel is made for; all else small.
@@ -37,7 +37,12 @@ ONE = Rules.from_text("rules: []", "one device")
 
 
 def write_tiny(
-    path: Path, quant: str = "q4_k_m", types: Sequence[tuple[str, T]] = (), old: bool = False, seed: int = 0
+    path: Path,
+    quant: str = "q4_k_m",
+    types: Sequence[tuple[str, T]] = (),
+    old: bool = False,
+    seed: int = 0,
+    shape: presets.Shape = TINY,
 ) -> Path:
     """Writes the model without a vocabulary.
 
@@ -45,7 +50,7 @@ def write_tiny(
       types: other types, for tensors whose names contain a text.
       old: k_b and v_b in one tensor, as in older files.
     """
-    rng, sources, s = np.random.default_rng(seed), [], TINY
+    rng, sources, s = np.random.default_rng(seed), [], shape
     with mock.patch.object(presets, "VOCAB_SIZE", VOCAB):
         tensors, metadata = presets.planned_tensors(s, quant), presets.architecture_metadata(s)
     for t in tensors:
@@ -78,17 +83,19 @@ def loaded(gguf: GGUF, plan: Plan) -> Loaded:
     return load_model(gguf, plan, bind(plan, jax.devices("cpu")), implementations=Implementations("xla", "xla"))
 
 
-def logits(gguf: GGUF, config: Config, plan: Plan, dtype: Any = jnp.bfloat16) -> np.ndarray:
-    """After each of a prompt's 20 tokens, in two tiles of which one is not full, and after a token that follows."""
-    limits = Limits(64, 2, page=64, chunk=32, tile=16)
+def logits(gguf: GGUF, config: Config, plan: Plan, dtype: Any = jnp.bfloat16, prompt: int = 20) -> np.ndarray:
+    """After each of a prompt's tokens, whose last tile is not full, and after a token that follows."""
+    length, pages = -(-prompt // 16) * 16, prompt // 64 + 1
+    limits = Limits(64 * pages, 2, page=64, chunk=length, tile=16)
     steps = Steps(config, loaded(gguf, plan), limits, dtypes=Dtypes(dtype, dtype))
-    tokens = np.random.default_rng(1).integers(0, VOCAB, (1, 33)).astype(np.int32)
-    at = np.arange(32, dtype=np.int32)[None]
-    table = np.array([[[1], [0]]], np.int32)
-    first = steps.logits(Run(tokens[:, :32], np.where(at < 20, at, -1), at * 0, table, tile=16), at)
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (1, length + 1)).astype(np.int32)
+    at = np.arange(length, dtype=np.int32)[None]
+    table = np.zeros((1, 2, pages), np.int32)
+    table[0, 0] = np.arange(pages)[::-1] + 1
+    first = steps.logits(Run(tokens[:, :-1], np.where(at < prompt, at, -1), at * 0, table, tile=16), at)
     one = np.zeros((1, 1), np.int32)
-    second = steps._through(Run(tokens[:, 32:], one + 20, one, table, tile=1), one, None, whole_logits, "decode")
-    return np.concatenate([np.asarray(first)[0, :20], np.asarray(second)[0]])
+    second = steps._through(Run(tokens[:, -1:], one + prompt, one, table, tile=1), one, None, whole_logits, "decode")
+    return np.concatenate([np.asarray(first)[0, :prompt], np.asarray(second)[0]])
 
 
 def _batched_reference(x: jax.Array, weight: jax.Array, name: str) -> jax.Array:
@@ -117,6 +124,13 @@ def _attention_reference(*operands, scale, tile):
     return mla_attention.mla_attention_reference(*operands, scale)
 
 
+def _prefill_reference(*operands, scale, tile, least):
+    *where, into = operands
+    assert least <= operands[0].shape[0]
+    out = mla_prefill.mla_prefill_reference(*where, scale).astype(into.dtype)
+    return jnp.where((where[-1] >= 0)[:, None, None], out, into)
+
+
 @contextmanager
 def references():
     """What the model's operations call in place of the kernels: fast on CPUs, and no interpreter's state."""
@@ -126,6 +140,7 @@ def references():
         mock.patch.object(grouped_matmul, "grouped_mlp", _experts_reference),
         mock.patch.object(grouped_matmul, "gated_matmul", _gated_reference),
         mock.patch.object(mla_attention, "mla_attention", _attention_reference),
+        mock.patch.object(mla_prefill, "mla_prefill", _prefill_reference),
     ):
         yield
 
@@ -139,6 +154,7 @@ def interpreted():
         (grouped_matmul, "grouped_mlp"),
         (grouped_matmul, "gated_matmul"),
         (mla_attention, "mla_attention"),
+        (mla_prefill, "mla_prefill"),
     )
     before = [getattr(module, name) for module, name in kernels]
     try:

@@ -63,3 +63,12 @@ def test_experts(tmp_path, model):
 @pytest.mark.parametrize("model", ["v2.5", "lite"])
 def test_attention(tmp_path, model):
     _check(_compiled(tmp_path, model, "attention"), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["v2.5", "lite"])
+def test_attention_of_prompts(tmp_path, model):
+    cases = _compiled(tmp_path, model, "prompts")
+    assert len(cases) == 6
+    _check(cases, 3)
+    assert max(case["temporaries"] for case in cases) < 1 << 29

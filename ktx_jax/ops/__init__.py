@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model's heavy operations: each once, with an exact XLA form and the fast ones that must agree with it."""
 
-from ktx_jax.ops.attention import latent_values, mla_attention
+from ktx_jax.ops.attention import expands, latent_values, mla_attention, mla_values
 from ktx_jax.ops.experts import experts, swiglu
 from ktx_jax.ops.matmul import Weight, block_size, embedding_rows, head_matmul, matmul
 from ktx_jax.ops.norm import rms_norm
@@ -11,12 +11,14 @@ __all__ = [
     "Weight",
     "block_size",
     "embedding_rows",
+    "expands",
     "experts",
     "head_matmul",
     "latent_values",
     "log_softmax",
     "matmul",
     "mla_attention",
+    "mla_values",
     "rms_norm",
     "softmax",
     "sum_exp",
