@@ -33,9 +33,10 @@ from ktx_jax.aot.target_config import target_config  # noqa: E402
 from ktx_jax.sharding.targets import load_target  # noqa: E402
 from pallas_kernels.formats import FORMATS  # noqa: E402
 from pallas_kernels.grouped_matmul import grouped_mlp  # noqa: E402
-from pallas_kernels.heuristics import SHARED_BYTES  # noqa: E402
+from pallas_kernels.heuristics import LEAST_EXPANDED, SHARED_BYTES  # noqa: E402
 from pallas_kernels.mla_attention import mla_attention  # noqa: E402
 from pallas_kernels.mla_prefill import mla_prefill  # noqa: E402
+from pallas_kernels.prefill_plan import prefill_plan  # noqa: E402
 from pallas_kernels.quantized_matmul import batched_matmul, quantized_matmul  # noqa: E402
 
 
@@ -147,6 +148,12 @@ def cases(model: Model) -> Iterator[Case]:
     yield from _prefill_cases(model)
 
 
+def _attend_to_prompts(*operands: jax.Array, names: tuple[str, str]) -> jax.Array:
+    nope, rope, k_b, v_b, pages, table, sequence, positions, into = operands
+    plan = prefill_plan(table, sequence, positions, page=pages.shape[1], tile=16, least=LEAST_EXPANDED)
+    return mla_prefill(nope, rope, k_b, v_b, names, pages, plan, into, scale=0.1)
+
+
 def _prefill_cases(model: Model) -> Iterator[Case]:
     """Expanded attention: keys, values, and the attention itself."""
     for types in (("Q5_0", "Q5_0"), ("Q8_0", "Q4_K"), ("BF16", "IQ4_XS")):
@@ -163,9 +170,7 @@ def _prefill_cases(model: Model) -> Iterator[Case]:
                 _array((tokens, model.heads, 128)),
             )
 
-            def call(nope: jax.Array, rope: jax.Array, k_b: jax.Array, v_b: jax.Array, *rest: jax.Array, names=types):
-                return mla_prefill(nope, rope, k_b, v_b, names, *rest, scale=0.1, tile=16, least=128)
-
+            call = partial(_attend_to_prompts, names=types)
             name = f"{model.name} prompts {'/'.join(types)}, {tokens} tokens of {batch}, pages of {page}"
             yield Case(name, call, operands)
 

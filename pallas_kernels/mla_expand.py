@@ -14,20 +14,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Bool, Float32, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels import mosaic
 from pallas_kernels.formats import ROWS, TILE, format_of
 from pallas_kernels.heuristics import expand_stages
 from pallas_kernels.mosaic import Ref
 from pallas_kernels.prefill_matmul import prefill_products
+from pallas_kernels.prefill_plan import POSITIONS
 from pallas_kernels.unpack import dequantize, record_scales, scaled, tile_planes, tile_values
 
 RANK, HEAD = 512, 128
 """Columns of a latent, and of a head's keys (without the rotated ones) and values."""
-
-POSITIONS = 256
-"""Positions of a tile."""
 
 _COMPUTE = 2
 _EACH = POSITIONS // _COMPUTE // ROWS
@@ -35,7 +33,7 @@ _EACH = POSITIONS // _COMPUTE // ROWS
 
 def expand(
     latents: BFloat16[Array, "tiles 256 512"],
-    used: Bool[Array, " tiles"],
+    matrix: Int32[Array, " tiles"],
     k_b: Int32[Array, "H n k rows 64"],
     v_b: Int32[Array, "H m l rows2 64"],
     names: tuple[str, str],
@@ -45,12 +43,11 @@ def expand(
     """Each head's keys (the part that is not rotated) and values, bfloat16 from float32 sums.
 
     Args:
-      used: tiles that are expanded; what is returned for the others is meaningless.
+      matrix: 0 for tiles that are expanded, -1 for others, for which what is returned is meaningless.
       k_b, v_b: records of the types `names`, of `[H, 512, 128]` and `[H, 128, 512]`.
     """
-    keys = _keys(latents, used.astype(jnp.int32), k_b, names[0], interpret=interpret)
+    keys = _keys(latents, matrix, k_b, names[0], interpret=interpret)
     stacked = v_b.reshape(1, -1, *v_b.shape[2:])  # the heads' rows, one after another
-    matrix = jnp.where(used, 0, -1)
     values = prefill_products(latents, (stacked,), matrix, names[1], interpret=interpret)
     return tuple(x.reshape(-1, x.shape[2]) for x in (keys, values))
 
@@ -71,7 +68,7 @@ def expand_reference(
 
 def _keys(
     latents: BFloat16[Array, "tiles 256 512"],
-    used: Int32[Array, " tiles"],
+    matrix: Int32[Array, " tiles"],
     weight: Int32[Array, "H n k rows 64"],
     name: str,
     *,
@@ -80,7 +77,7 @@ def _keys(
     fmt = format_of(name)
     tiles, heads = latents.shape[0], weight.shape[0]
 
-    def body(x_g: Ref, records_g: Ref, used_g: Ref, out_g: Ref, weight_s: Ref, out_s: Ref, written: Ref) -> None:
+    def body(x_g: Ref, records_g: Ref, matrix_g: Ref, out_g: Ref, weight_s: Ref, out_s: Ref, written: Ref) -> None:
         head, tile, wg = (lax.axis_index(name) for name in ("head", "tile", "wg"))
 
         def step(indices: tuple, x_s: Ref, records_s: Ref, sums: Any) -> Any:
@@ -126,7 +123,7 @@ def _keys(
             )
             pipeline(x_g.at[tile], records_g.at[head])
 
-        pl.when(used_g[tile] != 0)(run)
+        pl.when(matrix_g[tile] == 0)(run)
 
     return mosaic.kernel(
         body,
@@ -140,4 +137,4 @@ def _keys(
             plgpu.Barrier(num_arrivals=_COMPUTE),
         ],
         warpgroups=_COMPUTE + 1,
-    )(latents, weight, used)
+    )(latents, weight, matrix)

@@ -10,7 +10,6 @@ position 0.
 """
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +20,13 @@ from jaxtyping import Array, BFloat16, Float, Int, Int32, UInt16
 
 from pallas_kernels import mosaic
 from pallas_kernels.formats import format_of
-from pallas_kernels.groups import group_pairs
-from pallas_kernels.heuristics import RANGE_TILES
 from pallas_kernels.mla_attention import mla_attention_reference
-from pallas_kernels.mla_expand import HEAD, POSITIONS, RANK, expand
+from pallas_kernels.mla_expand import HEAD, RANK, expand
 from pallas_kernels.mosaic import Ref
+from pallas_kernels.prefill_plan import KEYS, POSITIONS, ROWS, PrefillPlan
 from pallas_kernels.unpack import dequantize
 
 _ROPE = 64
-ROWS = 128
-"""Tokens of a block."""
-
-_KEYS = 128
 _STAGES = 2
 _NONE = -1e30
 """The score of a position that a row does not see."""
@@ -57,33 +51,7 @@ def mla_prefill_reference(
     return jnp.einsum("thr,hvr->thv", mixed, dense[1], precision="highest")
 
 
-class _Ranges(NamedTuple):
-    """Where the positions of sequences lie when tiles of 256 of them are laid end to end.
-
-    Attributes:
-      length: `[B]` positions of a sequence; begin, end: `[B]` its tiles.
-    """
-
-    length: jax.Array
-    begin: jax.Array
-    end: jax.Array
-
-
-class _Blocks(NamedTuple):
-    """Blocks of tokens of one sequence.
-
-    Attributes:
-      sequence: `[blocks]`, B where a block is empty.
-      run: `[blocks, runs]` the runs of tokens it takes, in order; their number where there is none.
-      position: `[blocks, 128]` of each token, -1 where there is none.
-    """
-
-    sequence: jax.Array
-    run: jax.Array
-    position: jax.Array
-
-
-@jax.jit(static_argnames=("names", "scale", "tile", "least", "interpret"))
+@jax.jit(static_argnames=("names", "scale", "interpret"))
 def mla_prefill(
     q_nope: Float[Array, "T H N"],
     q_rope: Float[Array, "T H P"],
@@ -91,14 +59,10 @@ def mla_prefill(
     v_b: Int32[Array, "H m l rows2 64"],
     names: tuple[str, str],
     pages: Float[Array, "pages page R_P"] | UInt16[Array, "pages page R_P"],
-    block_table: Int[Array, "B blocks"],
-    sequence: Int[Array, " T"],
-    positions: Int[Array, " T"],
+    plan: PrefillPlan,
     into: Float[Array, "T H V"],
     *,
     scale: float,
-    tile: int,
-    least: int = 1,
     interpret: bool = False,
 ) -> BFloat16[Array, "T H V"]:
     """Attention of each token to rows 0..position of its own sequence: values of each head.
@@ -110,136 +74,71 @@ def mla_prefill(
       k_b, v_b: records of the types `names`, of `[H, 512, 128]` and `[H, 128, 512]`.
       pages: one layer's cache, each row the latent, then the rotated key; bfloat16 or its bits. What lies beyond a
         sequence's last position is not used, whatever it is.
-      block_table: the pages of each sequence in order.
-      sequence: the row of `block_table` a token belongs to. Tokens come in runs of `tile` of one sequence.
-      positions: a token's position, -1 for what is not to be attended from.
-      into: what the result has where a whole run is not (elsewhere such tokens get zeros).
+      plan: `prefill_plan` of the tokens and pages.
+      into: what the result has for runs of which no token is in the plan; in others, such tokens get zeros.
       scale: factor of the scores before the softmax.
-      least: the fewest tokens of a sequence that has any: it bounds the memory.
       interpret: run in JAX's CPU interpreter of Mosaic kernels.
 
-    Raises `NotImplementedError` for numbers that are not bfloat16, heads of other sizes than 128 + 64 and 128, latents
-    other than 512 + 64, pages that do not divide 256 positions, and runs that do not divide 64 tokens in eights.
+    Raises `NotImplementedError` for numbers that are not bfloat16, heads of other sizes than 128 + 64 and 128, and
+    latents other than 512 + 64.
     """
-    shapes = (format_of(name).weight_shape(w.shape) for name, w in zip(names, (k_b, v_b), strict=True))
-    _check(q_nope, q_rope, *shapes, pages, tile)
+    shapes = (format_of(n).weight_shape(w.shape) for n, w in zip(names, (k_b, v_b), strict=True))
+    _check(q_nope, q_rope, *shapes, pages)
     tokens, heads, _ = q_nope.shape
-    runs = tokens // tile
-    queries = tuple(q.reshape(runs, tile, -1) for q in (q_nope, q_rope))
-    rows = min(block_table.shape[0], tokens // least)
-    blocks = _blocks(sequence, positions.astype(jnp.int32), tile, block_table.shape[0], rows)
-    ranges = _ranges(sequence, positions, block_table.shape[0])
+    tile, blocks = ROWS // plan.run.shape[1], plan.run.shape[0]
+    queries = tuple(q.reshape(tokens // tile, tile, -1) for q in (q_nope, q_rope))
     pages = lax.bitcast_convert_type(pages, jnp.bfloat16) if pages.dtype == jnp.uint16 else pages
-    pages_a_tile = POSITIONS // pages.shape[1]
-    table = jnp.pad(block_table.astype(jnp.int32), ((0, 0), (0, -block_table.shape[1] % pages_a_tile)))
-    tiles = min(RANGE_TILES, rows * table.shape[1] // pages_a_tile)
-    out = mosaic.mutable(into.astype(jnp.bfloat16).reshape(runs, tile, heads * HEAD))
-    count = blocks.sequence.shape[0]
+    out = mosaic.mutable(into.astype(jnp.bfloat16).reshape(tokens // tile, tile, heads * HEAD))
     kept = (
-        mosaic.mutable(jnp.zeros((count, ROWS, heads * HEAD), jnp.float32)),
-        mosaic.mutable(jnp.zeros((2, count, heads, ROWS), jnp.float32)),
+        mosaic.mutable(jnp.zeros((blocks, ROWS, heads * HEAD), jnp.float32)),
+        mosaic.mutable(jnp.zeros((2, blocks, heads, ROWS), jnp.float32)),
     )
 
     def one_range(i: jax.Array, _: None) -> None:
-        first = i * tiles
-        latents, rotated, used = _gathered(pages, table, ranges, first, tiles)
-        keys, values = expand(latents, used, k_b, v_b, names, interpret=interpret)
-        spans = _spans(blocks, ranges, first, tiles)
-        operands = (*queries, blocks.position, blocks.run, spans, keys, rotated, values)
+        latents, rotated = _gathered(pages, plan.page[i], plan.live[i])
+        keys, values = expand(latents, plan.matrix[i], k_b, v_b, names, interpret=interpret)
+        operands = (*queries, plan.position, plan.run, plan.span[i], keys, rotated, values)
         _attend(operands, out, kept, scale=scale, interpret=interpret)
 
-    lax.fori_loop(0, -(-ranges.end[-1] // tiles), one_range, None)
+    lax.fori_loop(0, plan.ranges, one_range, None)
     return jax.freeze(out).reshape(tokens, heads, HEAD)
 
 
-def obstacle(k_b: tuple[int, ...], v_b: tuple[int, ...], page: int, tile: int) -> str | None:
-    """Why the kernel cannot take weights of these shapes, pages of `page` positions or runs of `tile` tokens."""
+def obstacle(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> str | None:
+    """Why the kernels cannot take weights of these shapes, or None."""
     for name, shape, want in (("k_b", k_b, (RANK, HEAD)), ("v_b", v_b, (HEAD, RANK))):
         if shape[1:] != want:
             return f"the kernel expands by a {name} of {want} a head, not {shape[1:]}"
-    if POSITIONS % page:
-        return f"the kernel takes pages that divide {POSITIONS} positions, not {page}"
-    if tile % 8 or (ROWS // 2) % tile:
-        return f"the kernel takes runs of 8, 16, 32 or 64 tokens, not {tile}"
     return None
 
 
-def _check(
-    q_nope: jax.Array, q_rope: jax.Array, k_b: tuple[int, ...], v_b: tuple[int, ...], pages: jax.Array, tile: int
-) -> None:
-    if (why := obstacle(k_b, v_b, pages.shape[1], tile)) is not None:
+def _check(q_nope: jax.Array, q_rope: jax.Array, k_b: tuple[int, ...], v_b: tuple[int, ...], pages: jax.Array) -> None:
+    if (why := obstacle(k_b, v_b)) is not None:
         raise NotImplementedError(why)
     if (q_nope.shape[-1], q_rope.shape[-1], pages.shape[-1]) != (HEAD, _ROPE, RANK + _ROPE):
         found = f"{q_nope.shape[-1]} + {q_rope.shape[-1]} and rows of {pages.shape[-1]}"
-        raise NotImplementedError(
-            f"the kernel takes queries of {HEAD} + {_ROPE} and rows of {RANK + _ROPE}, not {found}"
-        )
+        wanted = f"{HEAD} + {_ROPE} and rows of {RANK + _ROPE}"
+        raise NotImplementedError(f"the kernel takes queries of {wanted}, not {found}")
     if q_nope.dtype != jnp.bfloat16 or pages.dtype not in (jnp.bfloat16, jnp.uint16):
         raise NotImplementedError(f"the kernel takes bfloat16, not queries {q_nope.dtype} and a cache {pages.dtype}")
-    if q_nope.shape[0] % tile:
-        raise ValueError(f"{q_nope.shape[0]} tokens do not come in runs of {tile}")
-
-
-def _blocks(sequence: jax.Array, positions: jax.Array, tile: int, batch: int, rows: int) -> _Blocks:
-    """Blocks for at most `rows` sequences that have tokens."""
-    runs, each = positions.shape[0] // tile, ROWS // tile
-    by_run = positions.reshape(runs, tile)
-    owner = jnp.where(by_run.max(axis=1) >= 0, sequence[::tile].astype(jnp.int32), batch)
-    groups = group_pairs(owner, batch, each)
-    count = min(groups.expert.shape[0], rows + runs // each)  # blocks in use are the first
-    run = groups.pair.reshape(-1, each)[:count]
-    position = jnp.concatenate([by_run, jnp.full((1, tile), -1, jnp.int32)])[run].reshape(count, ROWS)
-    return _Blocks(groups.expert[:count], run, position)
-
-
-def _ranges(sequence: jax.Array, positions: jax.Array, batch: int) -> _Ranges:
-    own = sequence[:, None] == jnp.arange(batch)
-    length = jnp.max(jnp.where(own, positions[:, None], -1), axis=0).astype(jnp.int32) + 1
-    end = jnp.cumsum(-(-length // POSITIONS))
-    return _Ranges(length, end - -(-length // POSITIONS), end)
 
 
 def _gathered(
-    pages: BFloat16[Array, "pages page 576"], table: jax.Array, ranges: _Ranges, first: jax.Array, tiles: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Latents `[tiles, 256, 512]`, rotated keys `[positions, 64]` and whether a tile is used, from tile `first` on.
-
-    Zeros beyond a sequence's end: a weight of 0 would not undo a NaN.
-    """
-    page = pages.shape[1]
-    at = first + jnp.arange(tiles, dtype=jnp.int32)
-    used = at < ranges.end[-1]
-    row = jnp.sum(at[:, None] >= ranges.end, axis=1, dtype=jnp.int32)  # the sequence; B beyond the last
-    start = (at - ranges.begin[row]) * POSITIONS
-    position = jnp.where(used, start, 0)[:, None] + jnp.arange(POSITIONS, dtype=jnp.int32)
-    live = used[:, None] & (position < ranges.length[row][:, None])
-    index = table[row[:, None], position[:, ::page] // page]
-    rows = jnp.where(live[..., None], pages[index].reshape(tiles, POSITIONS, -1), 0)
-    return rows[..., :RANK], rows[..., RANK:].reshape(-1, _ROPE), used
-
-
-def _spans(blocks: _Blocks, ranges: _Ranges, first: jax.Array, tiles: int) -> Int32[Array, "blocks 5"]:
-    """What each block does in the range of `tiles` tiles from `first` on: the range's first row that it reads, how many
-    keys it takes, 128 at a time, how many of those all of its tokens see; whether it begins; whether it ends."""
-    sequence = blocks.sequence  # of an empty block, out of range: taken as the last one, and nothing to do
-    begin, end = (jnp.clip(x[sequence] - first, 0, tiles) for x in (ranges.begin, ranges.end))
-    start = (first + begin - ranges.begin[sequence]) * POSITIONS
-    last, least = blocks.position.max(axis=1), jnp.where(blocks.position < 0, 1 << 30, blocks.position).min(axis=1)
-    here = jnp.minimum(last + 1 - start, (end - begin) * POSITIONS)
-    count = jnp.maximum(-(-here // _KEYS), 0)
-    seen = jnp.clip((least + 1 - start) // _KEYS, 0, count)
-    busy = count > 0
-    ends = busy & (last < start + (end - begin) * POSITIONS)
-    columns = (begin * POSITIONS, start, count, seen, (busy & (start == 0)) + 2 * ends.astype(jnp.int32))
-    return jnp.stack(columns, axis=1)
+    pages: BFloat16[Array, "pages page 576"], index: Int32[Array, "tiles n"], live: Int32[Array, " tiles"]
+) -> tuple[jax.Array, jax.Array]:
+    """Latents `[tiles, 256, 512]` and rotated keys `[positions, 64]`, zeros beyond a tile's live positions: a weight of
+    0 would not undo a NaN."""
+    used = jnp.arange(POSITIONS) < live[:, None]
+    rows = jnp.where(used[..., None], pages[index].reshape(*used.shape, -1), 0)
+    return rows[..., :RANK], rows[..., RANK:].reshape(-1, _ROPE)
 
 
 def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, interpret: bool) -> None:
     """Adds a range of keys to the sums of every block, and puts the values of those that end into `out`.
 
     Args:
-      operands: queries `[runs, tile, H * 128]` and `[runs, tile, H * 64]`; positions `[blocks, 128]` and runs
-        `[blocks, 128 / tile]`; `_spans`; keys `[K, H * 128]`, rotated keys `[K, 64]`, values `[K, H * 128]`.
+      operands: queries `[runs, tile, H * 128]` and `[runs, tile, H * 64]`; the plan's positions, runs, and spans of
+        this range; keys `[K, H * 128]`, rotated keys `[K, 64]`, values `[K, H * 128]`.
       out: `[runs, tile, H * 128]`.
       kept: of blocks that neither begin nor end here, sums `[blocks, 128, H * 128]`, and the largest scores (in powers
         of two) and sums of weights `[2, blocks, H, 128]`.
@@ -251,8 +150,9 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
         q_g, q_rotated_g, at_g, run_g, spans_g, keys_g, rotated_g, values_g, out_g, sums_g, rows_g, *shared = refs
         q_s, q_rotated_s, at_s, keys_s, rotated_s, values_s, *barriers = shared
         q_here, keys_here, values_here, keys_done, values_done = barriers
-        head, block, wg = (lax.axis_index(name) for name in ("head", "block", "wg"))
-        first, start, count, seen, ends = (spans_g[block, i] for i in range(5))
+        head, wg = lax.axis_index("head"), lax.axis_index("wg")
+        block = blocks - 1 - lax.axis_index("block")  # those with most positions first
+        first, start, count, seen, marks = (spans_g[block, i] for i in range(5))
         columns, rotated_columns = pl.ds(head * HEAD, HEAD), pl.ds(head * _ROPE, _ROPE)
 
         def copy() -> None:
@@ -267,7 +167,7 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
 
             @pl.loop(0, count)
             def _(i: jax.Array) -> None:
-                slot, rows = lax.rem(i, _STAGES), pl.ds(first + i * _KEYS, _KEYS)
+                slot, rows = lax.rem(i, _STAGES), pl.ds(first + i * KEYS, KEYS)
                 pl.when(i >= _STAGES)(lambda: plgpu.barrier_wait(keys_done.at[slot]))
                 plgpu.copy_gmem_to_smem(keys_g.at[rows, columns], keys_s.at[slot], keys_here.at[slot])
                 plgpu.copy_gmem_to_smem(rotated_g.at[rows], rotated_s.at[slot], keys_here.at[slot])
@@ -281,7 +181,7 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
                 plgpu.barrier_wait(values_done.at[slot])
 
         own = pl.ds(wg * (ROWS // 2), ROWS // 2)
-        square, shape = (ROWS // 2, _KEYS), (ROWS // 2, HEAD)
+        square, shape = (ROWS // 2, KEYS), (ROWS // 2, HEAD)
 
         def compute() -> None:
             mosaic.keep_registers(232, True, interpret)
@@ -293,11 +193,11 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
                 slot = lax.rem(i, _STAGES)
                 plgpu.barrier_wait(keys_here.at[slot])
                 pairs = [(q_s.at[own], keys_s.at[slot]), (q_rotated_s.at[own], rotated_s.at[slot])]
-                scores = mosaic.sum_of_products(pairs, _KEYS, interpret)
+                scores = mosaic.sum_of_products(pairs, KEYS, interpret)
                 plgpu.barrier_arrive(keys_done.at[slot])
                 scores = scores * (scale * math.log2(math.e))
                 if masked:
-                    key = mosaic.columns(square, interpret) + (start + i * _KEYS)
+                    key = mosaic.columns(square, interpret) + (start + i * KEYS)
                     scores = jnp.where(key <= mosaic.along_rows(at, square), scores, _NONE)
                 new_top = jnp.maximum(top, scores.max(axis=1))
                 shrink = jnp.exp2(top - new_top)
@@ -309,11 +209,11 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
                 plgpu.barrier_arrive(values_done.at[slot])
                 return sums, new_top, total
 
-            carry = lax.cond(ends % 2 == 1, fresh, load)
+            carry = lax.cond(marks % 2 == 1, fresh, load)
             carry = lax.fori_loop(0, seen, lambda i, carry: step(i, carry, False), carry)
             sums, top, total = lax.fori_loop(seen, count, lambda i, carry: step(i, carry, True), carry)
-            pl.when(ends >= 2)(lambda: finish(sums, total, at))
-            pl.when(ends < 2)(lambda: keep(sums, top, total))
+            pl.when(marks >= 2)(lambda: finish(sums, total, at))
+            pl.when(marks < 2)(lambda: keep(sums, top, total))
 
         def fresh() -> tuple:
             def by_row(value: float) -> jax.Array:
@@ -356,9 +256,9 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
             plgpu.SMEM((ROWS, HEAD), jnp.bfloat16, transforms=layout),
             plgpu.SMEM((ROWS, _ROPE), jnp.bfloat16, transforms=layout),
             plgpu.SMEM((ROWS,), jnp.int32),
-            plgpu.SMEM((_STAGES, _KEYS, HEAD), jnp.bfloat16, transforms=layout),
-            plgpu.SMEM((_STAGES, _KEYS, _ROPE), jnp.bfloat16, transforms=layout),
-            plgpu.SMEM((_STAGES, _KEYS, HEAD), jnp.bfloat16, transforms=layout),
+            plgpu.SMEM((_STAGES, KEYS, HEAD), jnp.bfloat16, transforms=layout),
+            plgpu.SMEM((_STAGES, KEYS, _ROPE), jnp.bfloat16, transforms=layout),
+            plgpu.SMEM((_STAGES, KEYS, HEAD), jnp.bfloat16, transforms=layout),
             plgpu.Barrier(num_arrivals=2 * each + 1),
             plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
             plgpu.Barrier(num_arrivals=1, num_barriers=_STAGES),

@@ -27,22 +27,20 @@ from ktx_jax.sharding.mesh import bind
 from ktx_jax.sharding.parameters import file_types
 from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.rules import Rules
-from pallas_kernels import grouped_matmul, mla_attention, mla_prefill, quantized_matmul
+from pallas_kernels import grouped_matmul, mla_attention, mla_prefill, prefill_plan, quantized_matmul
 from pallas_kernels.unpack import dequantize
 
-# Latents of 512 + 64, which the attention kernel is made for; all else small.
-TINY = presets.Shape("tiny", 2, 256, 512, 256, 2, None, 8, 1, 1, 1.0, 0.0707, nope=64)
+# Latents and heads of the published sizes, which the attention kernels are made for; all else small.
+TINY = presets.Shape("tiny", 2, 256, 512, 256, 2, None, 8, 1, 1, 1.0, 0.0707)
+LONG = 140
+"""Tokens of a prompt that attends in expanded form."""
+
 VOCAB = 256
 ONE = Rules.from_text("rules: []", "one device")
 
 
 def write_tiny(
-    path: Path,
-    quant: str = "q4_k_m",
-    types: Sequence[tuple[str, T]] = (),
-    old: bool = False,
-    seed: int = 0,
-    shape: presets.Shape = TINY,
+    path: Path, quant: str = "q4_k_m", types: Sequence[tuple[str, T]] = (), old: bool = False, seed: int = 0
 ) -> Path:
     """Writes the model without a vocabulary.
 
@@ -50,7 +48,7 @@ def write_tiny(
       types: other types, for tensors whose names contain a text.
       old: k_b and v_b in one tensor, as in older files.
     """
-    rng, sources, s = np.random.default_rng(seed), [], shape
+    rng, sources, s = np.random.default_rng(seed), [], TINY
     with mock.patch.object(presets, "VOCAB_SIZE", VOCAB):
         tensors, metadata = presets.planned_tensors(s, quant), presets.architecture_metadata(s)
     for t in tensors:
@@ -124,11 +122,13 @@ def _attention_reference(*operands, scale, tile):
     return mla_attention.mla_attention_reference(*operands, scale)
 
 
-def _prefill_reference(*operands, scale, tile, least):
-    *where, into = operands
-    assert least <= operands[0].shape[0]
-    out = mla_prefill.mla_prefill_reference(*where, scale).astype(into.dtype)
-    return jnp.where((where[-1] >= 0)[:, None, None], out, into)
+def _plan_reference(*where, **_):
+    return where
+
+
+def _prefill_reference(q_nope, q_rope, k_b, v_b, names, pages, where, into, *, scale):
+    out = mla_prefill.mla_prefill_reference(q_nope, q_rope, k_b, v_b, names, pages, *where, scale)
+    return jnp.where((where[-1] >= 0)[:, None, None], out, into).astype(into.dtype)
 
 
 @contextmanager
@@ -141,6 +141,7 @@ def references():
         mock.patch.object(grouped_matmul, "gated_matmul", _gated_reference),
         mock.patch.object(mla_attention, "mla_attention", _attention_reference),
         mock.patch.object(mla_prefill, "mla_prefill", _prefill_reference),
+        mock.patch.object(prefill_plan, "prefill_plan", _plan_reference),
     ):
         yield
 
@@ -154,7 +155,6 @@ def interpreted():
         (grouped_matmul, "grouped_mlp"),
         (grouped_matmul, "gated_matmul"),
         (mla_attention, "mla_attention"),
-        (mla_prefill, "mla_prefill"),
     )
     before = [getattr(module, name) for module, name in kernels]
     try:
@@ -164,3 +164,15 @@ def interpreted():
     finally:
         for (module, name), kernel in zip(kernels, before, strict=True):
             setattr(module, name, kernel)
+
+
+@contextmanager
+def prompts_interpreted():
+    """The kernels of expanded attention in the interpreter, references in place of all others."""
+    attend, plan = partial(mla_prefill.mla_prefill, interpret=True), prefill_plan.prefill_plan
+    with (
+        references(),
+        mock.patch.object(mla_prefill, "mla_prefill", attend),
+        mock.patch.object(prefill_plan, "prefill_plan", plan),
+    ):
+        yield

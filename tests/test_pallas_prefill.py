@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from gguf import GGMLQuantizationType
 from pallas_cases import interpreter, random_records, random_rows, relative_error
 from pallas_models import references
@@ -15,11 +16,14 @@ from ktx_jax import ops
 from ktx_jax.quantized import PlanesArray
 from pallas_kernels import mla_attention, quantized_matmul
 from pallas_kernels import mla_prefill as family
+from pallas_kernels import prefill_plan as planning
 from pallas_kernels.heuristics import LEAST_EXPANDED, attention_seconds, expanded_pays
 from pallas_kernels.mla_expand import expand, expand_reference
 from pallas_kernels.mla_prefill import mla_prefill, mla_prefill_reference
+from pallas_kernels.prefill_plan import prefill_plan
 
-NAMES = ("Q5_0", "Q4_K")
+NAMES, OTHERS = ("Q5_0", "Q4_K"), (("BF16", "Q8_0"), ("Q4_0", "IQ4_XS"))
+SLOW = pytest.mark.slow
 
 
 def _weights(heads, names=NAMES, seed=0):
@@ -60,9 +64,11 @@ def _case(spans, page, heads, tile=16, padding=0, seed=2):
     return (*queries, *_weights(heads), NAMES, *_cache([stop for _, stop in spans], page), sequence, positions, into)
 
 
-def _kernel(case, tile=16, **options):
+def _kernel(case, tile=16):
+    *operands, pages, table, sequence, positions, into = case
+    plan = prefill_plan(table, sequence, positions, page=pages.shape[1], tile=tile)
     with interpreter():
-        return np.asarray(mla_prefill(*case, scale=0.07, tile=tile, interpret=True, **options), np.float32)
+        return np.asarray(mla_prefill(*operands, pages, plan, into, scale=0.07, interpret=True), np.float32)
 
 
 def _check(case, out):
@@ -72,13 +78,13 @@ def _check(case, out):
     return live
 
 
-@pytest.mark.parametrize("names", [("Q5_0", "Q4_K"), ("BF16", "Q8_0"), ("Q4_0", "IQ4_XS")])
+@pytest.mark.parametrize("names", [("Q5_0", "Q4_K"), *(pytest.param(n, marks=SLOW) for n in OTHERS)])
 def test_expansion_meets_the_reference(names):
     """In tiles that are used; the other's latents are not read."""
     latents = random_rows((2, 256, 512), np.random.default_rng(1)).at[0].set(jnp.nan)
     k_b, v_b = _weights(2, names)
     with interpreter():
-        got = expand(latents, jnp.array([False, True]), k_b, v_b, names, interpret=True)
+        got = expand(latents, jnp.array([-1, 0]), k_b, v_b, names, interpret=True)
     for part, want in zip(got, expand_reference(latents, k_b, v_b, names), strict=True):
         assert relative_error(part[256:], want[256:]) < 4e-3
 
@@ -86,10 +92,12 @@ def test_expansion_meets_the_reference(names):
 @pytest.mark.parametrize(
     ("spans", "page", "heads", "tile", "padding"),
     [
-        pytest.param([(0, 37)], 64, 2, 16, 0, id="a whole prompt shorter than a block"),
-        pytest.param([(0, 150), (201, 283), (0, 5)], 16, 1, 16, 32, id="three sequences, one with earlier pages"),
-        pytest.param([(120, 258)], 32, 1, 8, 8, id="a chunk over the edge of a tile of positions"),
-        pytest.param([(0, 130)], 64, 1, 64, 0, id="long runs"),
+        pytest.param([(0, 37)], 64, 1, 16, 0, id="a whole prompt shorter than a block"),
+        pytest.param(
+            [(0, 131), (241, 283), (0, 5)], 16, 1, 16, 32, id="three sequences, one with earlier pages", marks=SLOW
+        ),
+        pytest.param([(120, 258)], 32, 1, 8, 8, id="a chunk over the edge of a tile of positions", marks=SLOW),
+        pytest.param([(0, 130)], 64, 1, 64, 0, id="long runs", marks=SLOW),
     ],
 )
 def test_it_meets_the_reference(spans, page, heads, tile, padding):
@@ -106,20 +114,17 @@ def test_published_numbers_of_heads(heads):
     _check(case, _kernel(case))
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_no_other(monkeypatch):
     """To the bit: alone, and in company that shares its ranges of positions, which begin and end elsewhere."""
-    spans = [(100, 300), (0, 40)]
+    spans = [(250, 270), (0, 12)]
     case = _case(spans[::-1], 64, 1)
-    together = _kernel(case)[48:]
+    together = _kernel(case)[16:]
     first = _run(spans[:1], 16)
-    alone = (*(x[48:] for x in case[:2]), *case[2:6], case[6][1:], *first, case[-1][48:])
+    alone = (*(x[16:] for x in case[:2]), *case[2:6], case[6][1:], *first, case[-1][16:])
     np.testing.assert_array_equal(_kernel(alone), together)
-    monkeypatch.setattr(family, "RANGE_TILES", 1)
-    mla_prefill.clear_cache()
-    try:
-        np.testing.assert_array_equal(_kernel(alone), together)
-    finally:
-        mla_prefill.clear_cache()
+    monkeypatch.setattr(planning, "RANGE_TILES", 1)
+    np.testing.assert_array_equal(_kernel(alone), together)
     _check(alone, together)
 
 
@@ -150,8 +155,8 @@ def test_each_sequence_takes_the_form_that_suits_it():
     pages = jnp.zeros((1, page, 576), jnp.uint16)
     table = jnp.zeros((3, 18), jnp.int32)
 
-    def ones(*operands, least, **_):
-        *_, at, into = operands
+    def ones(*operands, scale):
+        *_, (*_, at), into = operands
         return jnp.where((at >= 0)[:, None, None], 1, into).astype(into.dtype)
 
     def zeros(q_latent, *_, **__):
@@ -159,6 +164,7 @@ def test_each_sequence_takes_the_form_that_suits_it():
 
     with (
         mock.patch.object(family, "mla_prefill", ones),
+        mock.patch.object(planning, "prefill_plan", lambda *where, **_: where),
         mock.patch.object(mla_attention, "mla_attention", zeros),
         mock.patch.object(quantized_matmul, "batched_matmul", lambda x, w, _: jnp.zeros((*x.shape[:2], 128), x.dtype)),
     ):
@@ -182,23 +188,49 @@ def test_which_form_pays():
 
 
 def test_what_the_kernel_cannot_take_is_named():
-    nope, rope, *rest = _case([(0, 16)], 64, 1)
-    k_b, v_b, names, pages, *where = rest
+    nope, rope, k_b, v_b, names, pages, table, sequence, positions, into = _case([(0, 16)], 64, 1)
 
-    def call(nope=nope, rope=rope, k_b=k_b, pages=pages, tile=16):
-        mla_prefill(nope, rope, k_b, v_b, names, pages, *where, scale=0.1, tile=tile)
+    def call(nope=nope, rope=rope, k_b=k_b, pages=pages, page=64, tile=16):
+        plan = prefill_plan(table, sequence, positions, page=page, tile=tile)
+        mla_prefill(nope, rope, k_b, v_b, names, pages, plan, into, scale=0.1)
 
     for options, said in (
         ({"k_b": k_b[:, :4]}, r"k_b of \(512, 128\) a head, not \(256, 128\)"),
         ({"nope": nope[..., :64]}, r"queries of 128 \+ 64 and rows of 576, not 64 \+ 64"),
-        ({"pages": pages[:, :48]}, "divide 256 positions, not 48"),
+        ({"page": 48}, "divide 256 positions, not 48"),
         ({"nope": nope.astype(jnp.float32)}, "queries float32"),
         ({"tile": 1}, "runs of 8, 16, 32 or 64 tokens, not 1"),
     ):
         with pytest.raises(NotImplementedError, match=said):
             call(**options)
+    with pytest.raises(ValueError, match="16 tokens do not come in runs of 64"):
+        call(tile=64)
     assert not ops.expands(jnp.zeros((1, 512, 128)), jnp.zeros((1, 128, 512)), 512, 64, 16)
     records = [PlanesArray(w, GGMLQuantizationType[n]) for w, n in zip((k_b, v_b), names, strict=True)]
     assert ops.expands(*records, 512, 64, 16)
     assert not ops.expands(*records, 64, 64, 16)
     assert not ops.expands(*records[::-1], 512, 64, 16)
+
+
+@pytest.mark.slow
+def test_the_benchmark_puts_both_forms_side_by_side(monkeypatch):
+    """On its own operands; references compute."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu_prompts
+
+    given, said = [], []
+
+    def seconds(form, sets):
+        given.append(np.asarray(form(*sets[0])))
+        return float(len(given))
+
+    monkeypatch.setattr(gpu_prompts, "GRID", ((128, 128), (32, 200)))
+    monkeypatch.setattr(gpu_prompts, "HEADS", 1)
+    monkeypatch.setattr(gpu_prompts, "expanded", gpu_prompts.reference)
+    monkeypatch.setattr(gpu_prompts, "absorbed", gpu_prompts.reference)
+    rows = gpu_prompts.run_crossover(["crossover"], seconds, said.append)
+    assert [row["chosen"] for row in rows] == ["expanded", "absorbed"]
+    assert [row["faster"] for row in rows] == ["absorbed"] * 2
+    assert [x.shape for x in given] == [(128, 1, 128)] * 2 + [(32, 1, 128)] * 2
+    assert all(np.isfinite(x).all() for x in given)
+    assert "crossover, 32 tokens of 200, 1 heads" in said[-1]

@@ -130,22 +130,26 @@ def mla_values(
     assert isinstance(v_b, PlanesArray)
     from pallas_kernels.heuristics import LEAST_EXPANDED, expanded_pays  # imported when used: it takes a second
     from pallas_kernels.mla_prefill import mla_prefill
+    from pallas_kernels.prefill_plan import prefill_plan
 
     rows, live = jnp.arange(block_table.shape[0]), positions >= 0
     own = (sequence[:, None] == rows) & live[:, None]  # [T, B]
     length = jnp.max(jnp.where(own, positions[:, None] + 1, 0), axis=0)
     chosen = expanded_pays(own.sum(axis=0), length)[sequence] & live
-    where = (pages, block_table, sequence)
+    # Like all above, it is computed once for all layers: XLA sees that it is the same, as it is outside the branches.
+    many = jnp.where(chosen, positions, -1)
+    plan = prefill_plan(block_table, sequence, many, page=pages.shape[1], tile=tile, least=LEAST_EXPANDED)
 
     def absorbed() -> jax.Array:
         q_latent, rest = head_matmul(q_nope, k_b), jnp.where(chosen, -1, positions)
-        mixed = mla_attention(q_latent, q_rope, *where, rest, scale=scale, tile=tile, implementation="pallas")
+        mixed = mla_attention(
+            q_latent, q_rope, pages, block_table, sequence, rest, scale=scale, tile=tile, implementation="pallas"
+        )
         return head_matmul(mixed, v_b)
 
     def expanded(into: jax.Array) -> jax.Array:
         weights = (k_b.records, v_b.records, (k_b.ggml_type.name, v_b.ggml_type.name))
-        many = jnp.where(chosen, positions, -1)
-        return mla_prefill(q_nope, q_rope, *weights, *where, many, into, scale=scale, tile=tile, least=LEAST_EXPANDED)
+        return mla_prefill(q_nope, q_rope, *weights, pages, plan, into, scale=scale)
 
     none = jnp.zeros((*q_nope.shape[:2], v_b.shape[1]), q_nope.dtype)
     values = jax.lax.cond(jnp.any(live & ~chosen), absorbed, lambda: none)
@@ -156,7 +160,8 @@ def expands(k_b: Weight, v_b: Weight, tokens: int, page: int, tile: int) -> bool
     """Whether a step of `tokens` may attend in expanded form: its kernels take these weights, pages and runs."""
     if not (isinstance(k_b, PlanesArray) and isinstance(v_b, PlanesArray)):
         return False
+    from pallas_kernels import mla_prefill, prefill_plan
     from pallas_kernels.heuristics import LEAST_EXPANDED
-    from pallas_kernels.mla_prefill import obstacle
 
-    return tokens >= LEAST_EXPANDED and obstacle(k_b.shape, v_b.shape, page, tile) is None
+    obstacles = (mla_prefill.obstacle(k_b.shape, v_b.shape), prefill_plan.obstacle(page, tile))
+    return tokens >= LEAST_EXPANDED and obstacles == (None, None)
