@@ -49,7 +49,7 @@ def expand(
     keys = _keys(latents, matrix, k_b, names[0], interpret=interpret)
     stacked = v_b.reshape(1, -1, *v_b.shape[2:])  # the heads' rows, one after another
     values = prefill_products(latents, (stacked,), matrix, names[1], interpret=interpret)
-    return tuple(x.reshape(-1, x.shape[2]) for x in (keys, values))
+    return keys.reshape(-1, keys.shape[2]), values.reshape(-1, values.shape[2])
 
 
 def expand_reference(

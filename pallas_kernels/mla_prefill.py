@@ -10,6 +10,7 @@ position 0.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +83,8 @@ def mla_prefill(
     Raises `NotImplementedError` for numbers that are not bfloat16, heads of other sizes than 128 + 64 and 128, and
     latents other than 512 + 64.
     """
-    shapes = (format_of(n).weight_shape(w.shape) for n, w in zip(names, (k_b, v_b), strict=True))
-    _check(q_nope, q_rope, *shapes, pages)
+    shapes = [format_of(n).weight_shape(w.shape) for n, w in zip(names, (k_b, v_b), strict=True)]
+    _check(q_nope, q_rope, shapes[0], shapes[1], pages)
     tokens, heads, _ = q_nope.shape
     tile, blocks = ROWS // plan.run.shape[1], plan.run.shape[0]
     queries = tuple(q.reshape(tokens // tile, tile, -1) for q in (q_nope, q_rope))
@@ -238,7 +239,7 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
                 run, rows = run_g[block, wg * (each // 2) + j], pl.ds(wg * (ROWS // 2) + j * tile, tile)
 
                 @pl.when(run < runs)
-                def _(run: jax.Array = run, rows: pl.Slice = rows) -> None:
+                def _(run: Any = run, rows: Any = rows) -> None:
                     plgpu.copy_smem_to_gmem(q_s.at[rows], out_g.at[run, :, columns])
 
             plgpu.wait_smem_to_gmem(0)

@@ -185,7 +185,8 @@ def products(pairs: Sequence[tuple[Any, Any]], columns: int, interpret: bool) ->
 def sum_of_products(pairs: Sequence[tuple[Any, Any]], columns: int, interpret: bool) -> jax.Array:
     """The sum of a · bᵀ over the pairs, float32 `[64, columns]`; both in shared memory."""
     if interpret:
-        return sum(jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32) for a, b in pairs)
+        parts = products(pairs, columns, interpret)
+        return sum(parts[1:], parts[0])
 
     def start(total: Any) -> jax.Array:
         for a, b in pairs:

@@ -68,7 +68,7 @@ def prefill_plan(
     if positions.shape[0] % tile:
         raise ValueError(f"{positions.shape[0]} tokens do not come in runs of {tile}")
     batch, positions = block_table.shape[0], positions.astype(jnp.int32)
-    sequences = min(batch, positions.shape[0] // least)  # that have tokens, at most
+    sequences = min(batch, max(positions.shape[0] // least, 1))  # that have tokens, at most
     owner, run, position = _blocks(sequence.astype(jnp.int32), positions, tile, batch, sequences)
     own = sequence[:, None] == jnp.arange(batch)
     length = jnp.max(jnp.where(own, positions[:, None], -1), axis=0) + 1
@@ -90,8 +90,8 @@ def prefill_plan(
     def by_range(x: jax.Array) -> jax.Array:
         return x.reshape(ranges, tiles, *x.shape[1:])
 
-    matrix = jnp.where(live > 0, 0, -1)
-    return PrefillPlan(run, position, span, *map(by_range, (index, live, matrix)), -(-end[-1] // tiles))
+    matrix = by_range(jnp.where(live > 0, 0, -1))
+    return PrefillPlan(run, position, span, by_range(index), by_range(live), matrix, -(-end[-1] // tiles))
 
 
 def obstacle(page: int, tile: int) -> str | None:

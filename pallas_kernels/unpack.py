@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.formats import IQ4_VALUES, Format, format_of
+from pallas_kernels.formats import IQ4_VALUES, ROWS, Format, format_of
 from pallas_kernels.mosaic import Ref
 
 
@@ -119,9 +119,9 @@ def scaled(values: jax.Array, scales: Sequence, fmt: Format, interpret: bool) ->
     for g, (scale, minimum) in enumerate(scales):
         part = values[:, g * fmt.group : (g + 1) * fmt.group].astype(jnp.float32)
         if scale is not None:
-            part = part * mosaic.along_rows(scale, part.shape)
+            part = part * mosaic.along_rows(scale, (ROWS, fmt.group))
         if minimum is not None:
-            part = part - mosaic.along_rows(minimum, part.shape)
+            part = part - mosaic.along_rows(minimum, (ROWS, fmt.group))
         parts.append(part.astype(jnp.bfloat16))
     return mosaic.joined(parts, interpret)
 
