@@ -108,9 +108,9 @@ def test_it_meets_the_reference(spans, page, heads, tile, padding):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heads", [16, 128])
-def test_published_numbers_of_heads(heads):
-    case = _case([(3, 40)], 64, heads)
+def test_sixteen_heads():
+    """As V2-Lite has. V2.5's 128, eight times the blocks, are compiled (`test_pallas_compile`): heads share nothing."""
+    case = _case([(3, 40)], 64, heads=16)
     _check(case, _kernel(case))
 
 
