@@ -6,9 +6,9 @@
 First what the device can do: bytes copied a second and bfloat16 products a second, by XLA. Then each kernel against
 the float32 reference, most at small sizes, and its runs against each other; then its time at the sizes of the models.
 Operands are larger than the L2 cache and rotated: a program calls a kernel once on each of several sets of them, and
-its time is divided by their number; medians of programs' times. Weights are random and made on the device. Last,
-whole models from token to token (`gpu_model.py`), those that the device has room for. Without a GPU it says so and
-exits with 1.
+its time is divided by their number; medians of programs' times. Weights are random and made on the device. Then
+which form of attention pays for prompts, by count and by the clock (`gpu_prompts.py`). Last, whole models from token
+to token (`gpu_model.py`), those that the device has room for. Without a GPU it says so and exits with 1.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from ktx_jax.cuda_plugin import leave_out_cuda
 leave_out_cuda()
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")  # V2.5 takes 131 of an H200's 141 GB
 
+import gpu_prompts as prompts  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -209,6 +210,10 @@ def checks() -> Iterator[Check]:
             partial(_attention_operands, tokens, tile, heads, positions, page),
             1e-2,
         )
+    for tokens, positions, heads in ((144, 144, 16), (304, 2400, 4)):
+        make = prompts.make(tokens, positions, heads)
+        name = f"attention of prompts, {tokens} tokens of {positions}, {heads} heads"
+        yield Check(name, prompts.expanded, prompts.reference, make, 2e-2)
     yield from _harder_checks()
     yield from row_checks()
 
@@ -371,6 +376,24 @@ def timings() -> Iterator[Timing]:
         operations = 2.0 * tokens * heads * positions * (576 + 512)
         name = f"attention, {tokens} tokens by {tile}, {heads} heads, {positions} cached"
         yield Timing(name, call, make, read, operations)
+    yield from _prompt_timings()
+
+
+def _prompt_timings() -> Iterator[Timing]:
+    """Expanded attention whole, and its keys and values alone."""
+    product = 2.0 * 128 * 512
+    for heads in (128, 16):
+        weights = sum(4 * np.prod(FORMATS[f].record_shape((heads, 512, 128))) for f in prompts.NAMES)
+        for tokens, positions in ((512, 512), (2048, 2048), (512, 4096)):
+            seen = tokens * (positions - tokens / 2)
+            operations = heads * (2 * product * positions + 2.0 * (192 + 128) * seen)
+            read = weights + positions * 1152 + 2 * tokens * heads * (192 + 128) + 4 * 512 * positions * heads
+            name = f"attention of prompts, {tokens} tokens of {positions}, {heads} heads"
+            yield Timing(name, prompts.expanded, prompts.make(tokens, positions, heads), read, operations)
+        read = weights + 2048 * 1024 + 2048 * heads * 512
+        make = partial(prompts.expand_operands, 2048, heads)
+        name = f"keys and values of 2048 positions, {heads} heads"
+        yield Timing(name, prompts.expand_all, make, read, heads * 2 * product * 2048)
 
 
 def run_checks(words: list[str]) -> list[dict[str, Any]]:
@@ -433,6 +456,7 @@ def main() -> int:
     print(f"bfloat16 products {limits.operations / 1e12:.0f} TFLOP/s\n")
     right = run_checks(options.only)
     timed = run_timings(options.only, limits)
+    forms = prompts.run_crossover(options.only, median_seconds)
     print()
     models = run_models(tuple(r for r in RUNS if all(word in r.name for word in options.only)), device)
     print(f"\n{time.perf_counter() - begun:.0f} s in all")
@@ -444,6 +468,7 @@ def main() -> int:
             "limits": asdict(limits),
             "checks": right,
             "timings": timed,
+            "crossover": forms,
             "models": models,
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -34,10 +34,12 @@ from ktx_jax.aot.target_config import target_config  # noqa: E402
 from ktx_jax.sharding.targets import load_target  # noqa: E402
 from pallas_kernels.formats import FORMATS  # noqa: E402
 from pallas_kernels.grouped_matmul import grouped_mlp  # noqa: E402
-from pallas_kernels.heuristics import SHARED_BYTES  # noqa: E402
+from pallas_kernels.heuristics import LEAST_EXPANDED, SHARED_BYTES  # noqa: E402
 from pallas_kernels.latents import write_latents  # noqa: E402
 from pallas_kernels.mla_attention import mla_attention  # noqa: E402
+from pallas_kernels.mla_prefill import mla_prefill  # noqa: E402
 from pallas_kernels.parts import total_of  # noqa: E402
+from pallas_kernels.prefill_plan import prefill_plan  # noqa: E402
 from pallas_kernels.quantized_matmul import batched_matmul, quantized_matmul  # noqa: E402
 from pallas_kernels.rms_norm import add_rms_norm, rms_norm  # noqa: E402
 from pallas_kernels.router import choose_experts  # noqa: E402
@@ -155,6 +157,34 @@ def cases(model: Model) -> Iterator[Case]:
         )
         name = f"{model.name} attention, {tokens} tokens by {tile}, {positions} cached in pages of {page}"
         yield Case(name, partial(mla_attention, scale=0.1, tile=tile), operands)
+    yield from _prefill_cases(model)
+
+
+def _attend_to_prompts(*operands: jax.Array, names: tuple[str, str]) -> jax.Array:
+    nope, rope, k_b, v_b, pages, table, sequence, positions, into = operands
+    plan = prefill_plan(table, sequence, positions, page=pages.shape[1], tile=16, least=LEAST_EXPANDED)
+    return mla_prefill(nope, rope, k_b, v_b, names, pages, plan, into, scale=0.1)
+
+
+def _prefill_cases(model: Model) -> Iterator[Case]:
+    """Expanded attention: keys, values, and the attention itself."""
+    for types in (("Q5_0", "Q5_0"), ("Q8_0", "Q4_K"), ("BF16", "IQ4_XS")):
+        for tokens, batch, page, positions in ((512, 1, 64, 4096), (2048, 4, 16, 4096)):
+            operands = (
+                _array((tokens, model.heads, 128)),
+                _array((tokens, model.heads, 64)),
+                _records(types[0], model.heads, 512, 128),
+                _records(types[1], model.heads, 128, 512),
+                _array((batch * positions // page + 1, page, 576), jnp.uint16),
+                _array((batch, positions // page), jnp.int32),
+                _array((tokens,), jnp.int32),
+                _array((tokens,), jnp.int32),
+                _array((tokens, model.heads, 128)),
+            )
+
+            call = partial(_attend_to_prompts, names=types)
+            name = f"{model.name} prompts {'/'.join(types)}, {tokens} tokens of {batch}, pages of {page}"
+            yield Case(name, call, operands)
 
 
 def row_cases(model: Model) -> Iterator[Case]:

@@ -21,30 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.formats import ROWS, TILE, Format, format_of
+from pallas_kernels.formats import ROWS, TILE, format_of
 from pallas_kernels.heuristics import DecodeTiles
 from pallas_kernels.mosaic import Ref
-from pallas_kernels.unpack import group_scales, scale_row, tile_values
+from pallas_kernels.unpack import record_scales, tile_planes, tile_values
 
 # Float32 registers a thread spends on sums that wait for their scales.
 _SUM_REGISTERS = 32
-
-
-def _tile_planes(record: Ref, fmt: Format, tile: int, interpret: bool) -> list[jax.Array]:
-    """The planes of quants of one tile of a record in shared memory, in registers."""
-    at = [(tile * fmt.quant_rows, fmt.quant_rows)]
-    if fmt.high_rows:
-        at.append((fmt.high_at + tile * fmt.high_rows, fmt.high_rows))
-    return [mosaic.load(record.at[pl.ds(start, n)], mosaic.plane_layout(n), interpret) for start, n in at]
-
-
-def _record_scales(record: Ref, fmt: Format, tile: int, interpret: bool) -> list:
-    """The scales of one tile of a record in shared memory."""
-    if not fmt.scale_rows:
-        return group_scales(None, None, fmt, tile, interpret)
-    words = mosaic.load(record.at[fmt.scale_at + scale_row(fmt, tile)], mosaic.BY_ROW, interpret)
-    factors = mosaic.load(record.at[fmt.factor_at], mosaic.BY_ROW, interpret) if fmt.factor_rows else None
-    return group_scales(words, factors, fmt, tile, interpret)
 
 
 def _batches(units: list, size: int) -> list[list]:
@@ -97,7 +80,7 @@ def decode_products(
     def add_scaled(totals: list, batch: list, x_s: Ref, records_s: Sequence, ones_s: Ref | None) -> None:
         pairs, summed = [], {}
         for w, r, t in batch:
-            values = tile_values(_tile_planes(records_s[w].at[0, r], fmt, t, interpret), fmt, interpret)
+            values = tile_values(tile_planes(records_s[w].at[0, r], fmt, t, interpret), fmt, interpret)
             for g in range(fmt.groups):
                 x_part = x_s.at[:, pl.ds((r * fmt.tiles + t) * TILE + g * fmt.group, fmt.group)]
                 pairs.append((values[:, g * fmt.group : (g + 1) * fmt.group], x_part))
@@ -109,7 +92,7 @@ def decode_products(
         products = [[next(sums) for _ in range(fmt.groups)] for _ in batch]
         x_sums = dict(zip(summed, sums, strict=True))
         for (w, r, t), of_unit in zip(batch, products, strict=True):
-            scales = _record_scales(records_s[w].at[0, r], fmt, t, interpret)
+            scales = record_scales(records_s[w].at[0, r], fmt, t, interpret)
             for g, (product, (scale, minimum)) in enumerate(zip(of_unit, scales, strict=True)):
                 if scale is not None:
                     product = product * mosaic.along_rows(scale, shape)

@@ -32,8 +32,8 @@ _NONE = -1e30
 
 
 def mla_attention_reference(
-    q_latent: BFloat16[Array, "T H R"],
-    q_rope: BFloat16[Array, "T H P"],
+    q_latent: Float[Array, "T H R"],
+    q_rope: Float[Array, "T H P"],
     pages: BFloat16[Array, "pages page R_P"] | UInt16[Array, "pages page R_P"],
     block_table: Int[Array, "B blocks"],
     sequence: Int[Array, " T"],

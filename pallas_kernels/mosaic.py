@@ -53,7 +53,7 @@ def kernel(
 ) -> Callable:
     """A Mosaic GPU kernel in lane semantics whose barriers are all written out; axis "wg" names its warpgroups.
 
-    An operand may be a `jax.Ref`: the kernel may write to it. (`plgpu.kernel` takes none.)
+    An operand may be a reference (`mutable`): the kernel may write to it. (`plgpu.kernel` takes none.)
     """
     threads = {"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}
     mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, **threads)
@@ -77,6 +77,14 @@ def kernel(
         interpret=interpreter_params() if interpret else False,
     )
     return call if isinstance(out_type, list | tuple) else lambda *operands: call(*operands)[0]
+
+
+def mutable(x: jax.Array) -> Ref:
+    """A reference to what x holds, for a kernel to change; `jax.freeze` gives what it holds in the end.
+
+    XLA lets it lie where x does, if x is not used afterwards.
+    """
+    return jax.new_ref(x, memory_space=plgpu.GMEM)
 
 
 def interpreter_params() -> Any:
@@ -174,6 +182,21 @@ def products(pairs: Sequence[tuple[Any, Any]], columns: int, interpret: bool) ->
     return pl.run_scoped(start, *[plgpu.WGMMAAccumulatorRef((64, columns), jnp.float32)] * len(pairs))
 
 
+def sum_of_products(pairs: Sequence[tuple[Any, Any]], columns: int, interpret: bool) -> jax.Array:
+    """The sum of a · bᵀ over the pairs, float32 `[64, columns]`; both in shared memory."""
+    if interpret:
+        parts = products(pairs, columns, interpret)
+        return sum(parts[1:], parts[0])
+
+    def start(total: Any) -> jax.Array:
+        for a, b in pairs:
+            plgpu.wgmma(total, a, transposed(b))
+        plgpu.wgmma_wait(0)
+        return total[...]
+
+    return pl.run_scoped(start, plgpu.WGMMAAccumulatorRef((64, columns), jnp.float32))
+
+
 def accumulate(total: Any, a: jax.Array, b: Any, interpret: bool) -> Any:
     """Starts total += a · bᵀ; a bfloat16 `[64, K]` in registers, b in shared memory. Wait with `wgmma_wait`."""
     if interpret:
@@ -182,8 +205,16 @@ def accumulate(total: Any, a: jax.Array, b: Any, interpret: bool) -> Any:
     return total
 
 
+def accumulate_onto(total: Any, a: Any, b: Any, interpret: bool) -> Any:
+    """Starts total += a · b, both bfloat16 in shared memory. Wait with `wgmma_wait`."""
+    if interpret:
+        return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+    plgpu.wgmma(total, a, b)
+    return total
+
+
 def accumulated(total: jax.Array, a: Any, b: Any, interpret: bool) -> jax.Array:
-    """total + a · b, with both in shared memory."""
+    """total + a · b; a in registers or shared memory, b in shared memory."""
     if interpret:
         return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
     sums: Any = plgpu.WGMMAAccumulatorRef.init(total)

@@ -20,7 +20,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.formats import LEAST_ROWS, ROWS, TILE, Format, format_of
 from pallas_kernels.heuristics import prefill_stages
 from pallas_kernels.mosaic import Ref
-from pallas_kernels.unpack import group_scales, tile_values
+from pallas_kernels.unpack import group_scales, scaled, tile_values
 
 _COMPUTE = LEAST_ROWS // ROWS
 """Warpgroups that compute."""
@@ -58,16 +58,7 @@ def _dequantized(planes: Sequence[Ref], fmt: Format, wg: jax.Array, tile: jax.Ar
         return values
     word = mosaic.load(words.at[wg, 0, 0], mosaic.BY_ROW, interpret)
     factors = None if last is None else mosaic.load(last.at[wg, 0, 0], mosaic.BY_ROW, interpret)
-    parts = []
-    for g, (scale, minimum) in enumerate(group_scales(word, factors, fmt, tile, interpret)):
-        shape = (ROWS, fmt.group)
-        part = values[:, g * fmt.group : (g + 1) * fmt.group].astype(jnp.float32)
-        if scale is not None:
-            part = part * mosaic.along_rows(scale, shape)
-        if minimum is not None:
-            part = part - mosaic.along_rows(minimum, shape)
-        parts.append(part.astype(jnp.bfloat16))
-    return mosaic.joined(parts, interpret)
+    return scaled(values, group_scales(word, factors, fmt, tile, interpret), fmt, interpret)
 
 
 def prefill_products(

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.formats import IQ4_VALUES, Format, format_of
+from pallas_kernels.formats import IQ4_VALUES, ROWS, Format, format_of
+from pallas_kernels.mosaic import Ref
 
 
 def _field_pairs(plane: jax.Array, bits: int) -> jax.Array:
@@ -90,6 +92,38 @@ def group_scales(
 def scale_row(fmt: Format, tile: int) -> int:
     """Which row of a record's scales holds those of a tile."""
     return tile * fmt.scale_rows // fmt.tiles
+
+
+def tile_planes(record: Ref, fmt: Format, tile: int, interpret: bool) -> list[jax.Array]:
+    """Inside a kernel: the planes of quants of one tile of a record in shared memory, in registers."""
+    at = [(tile * fmt.quant_rows, fmt.quant_rows)]
+    if fmt.high_rows:
+        at.append((fmt.high_at + tile * fmt.high_rows, fmt.high_rows))
+    return [mosaic.load(record.at[pl.ds(start, n)], mosaic.plane_layout(n), interpret) for start, n in at]
+
+
+def record_scales(record: Ref, fmt: Format, tile: int, interpret: bool) -> list:
+    """Inside a kernel: `group_scales` of one tile of a record in shared memory."""
+    if not fmt.scale_rows:
+        return group_scales(None, None, fmt, tile, interpret)
+    words = mosaic.load(record.at[fmt.scale_at + scale_row(fmt, tile)], mosaic.BY_ROW, interpret)
+    factors = mosaic.load(record.at[fmt.factor_at], mosaic.BY_ROW, interpret) if fmt.factor_rows else None
+    return group_scales(words, factors, fmt, tile, interpret)
+
+
+def scaled(values: jax.Array, scales: Sequence, fmt: Format, interpret: bool) -> jax.Array:
+    """Inside a kernel: a tile of the weight, `[64, 64]` bfloat16, from its quants and the scales of their groups."""
+    if not fmt.scale_rows:
+        return values
+    parts = []
+    for g, (scale, minimum) in enumerate(scales):
+        part = values[:, g * fmt.group : (g + 1) * fmt.group].astype(jnp.float32)
+        if scale is not None:
+            part = part * mosaic.along_rows(scale, (ROWS, fmt.group))
+        if minimum is not None:
+            part = part - mosaic.along_rows(minimum, (ROWS, fmt.group))
+        parts.append(part.astype(jnp.bfloat16))
+    return mosaic.joined(parts, interpret)
 
 
 def dequantize(records: Int32[Array, "*lead n k rows 64"], name: str) -> Float[Array, "*lead N K"]:

@@ -5,6 +5,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Threads of XLA, before there are any: in JAX's interpreter of GPU kernels each warpgroup that waits holds one of them.
+os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
+
 import jax
 import pytest
 

@@ -27,11 +27,23 @@ from ktx_jax.sharding.mesh import bind
 from ktx_jax.sharding.parameters import file_types
 from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.rules import Rules
-from pallas_kernels import grouped_matmul, latents, mla_attention, quantized_matmul, rms_norm, router
+from pallas_kernels import (
+    grouped_matmul,
+    latents,
+    mla_attention,
+    mla_prefill,
+    prefill_plan,
+    quantized_matmul,
+    rms_norm,
+    router,
+)
 from pallas_kernels.unpack import dequantize
 
-# Latents of 512 + 64, which the attention kernel is made for; all else small.
-TINY = presets.Shape("tiny", 2, 256, 512, 256, 2, None, 8, 1, 1, 1.0, 0.0707, nope=64)
+# Latents and heads of the published sizes, which the attention kernels are made for; all else small.
+TINY = presets.Shape("tiny", 2, 256, 512, 256, 2, None, 8, 1, 1, 1.0, 0.0707)
+LONG = 140
+"""Tokens of a prompt that attends in expanded form."""
+
 VOCAB = 256
 ONE = Rules.from_text("rules: []", "one device")
 
@@ -78,17 +90,19 @@ def loaded(gguf: GGUF, plan: Plan) -> Loaded:
     return load_model(gguf, plan, bind(plan, jax.devices("cpu")), implementations=Implementations("xla", "xla"))
 
 
-def logits(gguf: GGUF, config: Config, plan: Plan, dtype: Any = jnp.bfloat16) -> np.ndarray:
-    """After each of a prompt's 20 tokens, in two tiles of which one is not full, and after a token that follows."""
-    limits = Limits(64, 2, page=64, chunk=32, tile=16)
+def logits(gguf: GGUF, config: Config, plan: Plan, dtype: Any = jnp.bfloat16, prompt: int = 20) -> np.ndarray:
+    """After each of a prompt's tokens, whose last tile is not full, and after a token that follows."""
+    length, pages = -(-prompt // 16) * 16, prompt // 64 + 1
+    limits = Limits(64 * pages, 2, page=64, chunk=length, tile=16)
     steps = Steps(config, loaded(gguf, plan), limits, dtypes=Dtypes(dtype, dtype))
-    tokens = np.random.default_rng(1).integers(0, VOCAB, (1, 33)).astype(np.int32)
-    at = np.arange(32, dtype=np.int32)[None]
-    table = np.array([[[1], [0]]], np.int32)
-    first = steps.logits(Run(tokens[:, :32], np.where(at < 20, at, -1), at * 0, table, tile=16), at)
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (1, length + 1)).astype(np.int32)
+    at = np.arange(length, dtype=np.int32)[None]
+    table = np.zeros((1, 2, pages), np.int32)
+    table[0, 0] = np.arange(pages)[::-1] + 1
+    first = steps.logits(Run(tokens[:, :-1], np.where(at < prompt, at, -1), at * 0, table, tile=16), at)
     one = np.zeros((1, 1), np.int32)
-    second = steps._through(Run(tokens[:, 32:], one + 20, one, table, tile=1), one, None, whole_logits, "decode")
-    return np.concatenate([np.asarray(first)[0, :20], np.asarray(second)[0]])
+    second = steps._through(Run(tokens[:, -1:], one + prompt, one, table, tile=1), one, None, whole_logits, "decode")
+    return np.concatenate([np.asarray(first)[0, :prompt], np.asarray(second)[0]])
 
 
 def _batched_reference(x: jax.Array, weight: jax.Array, name: str) -> jax.Array:
@@ -118,6 +132,15 @@ def _attention_reference(*operands, scale, tile):
     return mla_attention.mla_attention_reference(*operands, scale).astype(jnp.bfloat16)
 
 
+def _plan_reference(*where, **_):
+    return where
+
+
+def _prefill_reference(q_nope, q_rope, k_b, v_b, names, pages, where, into, *, scale):
+    out = mla_prefill.mla_prefill_reference(q_nope, q_rope, k_b, v_b, names, pages, *where, scale)
+    return jnp.where((where[-1] >= 0)[:, None, None], out, into).astype(into.dtype)
+
+
 @contextmanager
 def references():
     """What the model's operations call in place of the kernels: fast on CPUs, and no interpreter's state."""
@@ -131,6 +154,8 @@ def references():
         mock.patch.object(rms_norm, "add_rms_norm", rms_norm.add_rms_norm_reference),
         mock.patch.object(latents, "write_latents", latents.write_latents_reference),
         mock.patch.object(router, "choose_experts", router.choose_experts_reference),
+        mock.patch.object(mla_prefill, "mla_prefill", _prefill_reference),
+        mock.patch.object(prefill_plan, "prefill_plan", _plan_reference),
     ):
         yield
 
@@ -157,3 +182,15 @@ def interpreted():
     finally:
         for (module, name), kernel in zip(kernels, before, strict=True):
             setattr(module, name, kernel)
+
+
+@contextmanager
+def prompts_interpreted():
+    """The kernels of expanded attention in the interpreter, references in place of all others."""
+    attend, plan = partial(mla_prefill.mla_prefill, interpret=True), prefill_plan.prefill_plan
+    with (
+        references(),
+        mock.patch.object(mla_prefill, "mla_prefill", attend),
+        mock.patch.object(prefill_plan, "prefill_plan", plan),
+    ):
+        yield

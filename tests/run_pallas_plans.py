@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 import jax
 import jax.numpy as jnp
 from golden_models import relative_error
-from pallas_models import loaded, logits, plan_of, references, write_tiny
+from pallas_models import LONG, loaded, logits, plan_of, references, write_tiny
 
 from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.model.config import config_from_gguf
@@ -33,17 +33,22 @@ CASES = {
     "width alone": "mesh: {tensor: 2}\nrules:" + COMMON.replace("EXPERT", "null").replace(", replicate: expert", ""),
 }
 """Down's rows are cut inside super-blocks in both."""
+CASES["k_b and v_b apart"] = (
+    CASES["width alone"]
+    .replace("[kv]_b_proj", "k_b_proj")
+    .replace("rules:", "rules:\n  - {match: '.*v_b_proj', shard: replicate}")
+)
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, open_gguf(write_tiny(Path(folder, "tiny.gguf"))) as gguf:
         config = config_from_gguf(gguf.metadata, gguf.tensors, file="tiny")
         on_xla = plan_of(gguf, config).on_xla()
-        exact, near = (logits(gguf, config, on_xla, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+        exact, near = (logits(gguf, config, on_xla, dtype, LONG) for dtype in (jnp.float32, jnp.bfloat16))
         for case, text in CASES.items():
             plan = plan_of(gguf, config, Rules.from_text(text, case))
             with references():
-                got = logits(gguf, config, plan)
+                got = logits(gguf, config, plan, prompt=LONG)
             [stage] = loaded(gguf, plan).stages
             live = sum(
                 shard.data.nbytes for leaf in jax.tree.leaves(stage.decode.state) for shard in leaf.addressable_shards

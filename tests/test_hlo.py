@@ -113,3 +113,22 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
     assert [(k.kind, k.count) for k in read_kernels(text)] == [("mosaic_gpu_v2", 1), ("fusion", 5), ("copy-start", 1)]
     assert read_kernels(text)[0].where == "jit(f)/layers.3/mul"
+
+
+def test_a_branch_that_layers_share_belongs_to_the_one_that_takes_it():
+    text = """
+%branch (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} fusion(%p), kind=kLoop, calls=%f, metadata={op_name="jit(f)/layers.0/attend/cond/add"}
+}
+
+ENTRY %main (a: f32[8], i: pred[]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %i = pred[] parameter(1)
+  %c = f32[8]{0} conditional(%i, %a, %a), true_computation=%branch, false_computation=%none, metadata={op_name="jit(f)/layers.0/attend/cond"}
+  ROOT %d = f32[8]{0} conditional(%i, %c, %c), true_computation=%branch, false_computation=%none, metadata={op_name="jit(f)/layers.12/attend/cond"}
+}
+"""  # noqa: E501
+    assert [k.where for k in read_kernels(text)] == [
+        "jit(f)/layers.0/attend/cond/add", "jit(f)/layers.12/attend/cond/add"
+    ]  # fmt: skip

@@ -20,7 +20,19 @@ from gguf import GGMLQuantizationType as T
 from gguf import quants
 from golden_models import relative_error
 from pallas_cases import interpreter
-from pallas_models import ONE, TINY, VOCAB, interpreted, loaded, logits, plan_of, references, write_tiny
+from pallas_models import (
+    LONG,
+    ONE,
+    TINY,
+    VOCAB,
+    interpreted,
+    loaded,
+    logits,
+    plan_of,
+    prompts_interpreted,
+    references,
+    write_tiny,
+)
 
 from ktx_jax import presets
 from ktx_jax.errors import KtxError
@@ -36,6 +48,7 @@ from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.problems import RulesError
 from ktx_jax.sharding.rules import Rules
 from ktx_jax.sharding.targets import load_target
+from pallas_kernels import mla_prefill
 from pallas_kernels.formats import FORMATS
 from pallas_kernels.unpack import dequantize
 
@@ -68,19 +81,46 @@ def weights(gguf, plan: Plan, decode: bool = True) -> dict:
 
 def check(gguf, config, plan: Plan, got: np.ndarray) -> None:
     """As near to the exact logits as XLA's own bfloat16 path is."""
-    exact, near = (logits(gguf, config, plan.on_xla(), dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    prompt = len(got) - 1
+    exact, near = (logits(gguf, config, plan.on_xla(), dtype, prompt) for dtype in (jnp.float32, jnp.bfloat16))
     assert relative_error(exact, got) < 1.3 * relative_error(exact, near) < 4e-2
 
 
 @pytest.mark.slow
-def test_a_whole_model_in_the_interpreter(opened):
+@pytest.mark.parametrize(
+    ("kernels", "prompt"),
+    [
+        pytest.param(interpreted, 20, id="all kernels, a short prompt"),
+        pytest.param(prompts_interpreted, LONG, id="expanded attention, a long one"),
+    ],
+)
+def test_a_whole_model_in_the_interpreter(opened, kernels, prompt):
     gguf, config = opened()
     plan = plan_of(gguf, config)
     assert plan.notices == ()
-    with interpreted(), interpreter():
-        got = logits(gguf, config, plan)
+    with kernels(), interpreter():
+        got = logits(gguf, config, plan, prompt=prompt)
     assert np.isfinite(got).all()
     check(gguf, config, plan, got)
+
+
+def test_long_prompts_attend_in_expanded_form(opened):
+    """In a step of many tokens, and only where k_b and v_b lie for the kernels."""
+    gguf, config = opened()
+
+    def spoilt(*operands, **_):
+        return jnp.full_like(operands[-1], jnp.nan)
+
+    def finite(plan: Plan, prompt: int) -> list[bool]:
+        with references(), mock.patch.object(mla_prefill, "mla_prefill", spoilt):
+            got = np.isfinite(logits(gguf, config, plan, prompt=prompt)).all(axis=1)
+        return [bool(got[:prompt].any()), bool(got[prompt])]
+
+    plan = plan_of(gguf, config)
+    assert finite(plan, LONG) == [False, False]  # the token that follows reads what the second layer cached
+    assert finite(plan, 20) == [True, True]
+    rules = Rules.from_text("rules:\n  - {match: '.*[kv]_b_proj', op: xla}\n  - {match: '.*', op: pallas}", "rules")
+    assert finite(plan_of(gguf, config, rules, "xla"), LONG) == [True, True]
 
 
 @pytest.mark.slow
@@ -238,11 +278,12 @@ class TestWhereTheyRun:
 
 @pytest.mark.slow
 def test_models_cut_over_four_devices():
-    """Experts by number and width, inside super-blocks; in a process of its own, for its devices."""
+    """Experts by number and width, inside super-blocks; a prompt that attends in expanded form where k_b and v_b
+    are cut alike; in a process of its own, for its devices."""
     done = subprocess.run([sys.executable, WORKER], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert set(found) == {"experts and width", "width alone"}
+    assert set(found) == {"experts and width", "width alone", "k_b and v_b apart"}
     for line in found.values():
         assert line["error"] < 1.3 * line["error of xla"] < 4e-2
         assert line["on kernels"] == 28

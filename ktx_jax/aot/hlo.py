@@ -24,6 +24,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CONTROL = ("while", "conditional", "call")
 _FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "opt-barrier", "partition-id")
 """Instructions for which nothing runs."""
+_LAYER = re.compile(r"\blayers\.\d+")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -106,17 +107,27 @@ def read_kernels(text: str) -> list[CompiledKernel]:
 
 
 def _walk_kernels(
-    computations: dict[str, list[_Instruction]], name: str, times: int, found: list[CompiledKernel]
+    computations: dict[str, list[_Instruction]],
+    name: str,
+    times: int,
+    found: list[CompiledKernel],
+    layer: str | None = None,
 ) -> None:
+    """Adds what a computation starts; `layer` is that of the branch or loop it is, if it is one of a layer's: layers
+    whose branches are alike share them, and so the names in them."""
     for instruction in computations.get(name, []):
+        named = _OP_NAME.search(instruction.rest)
+        where = named[1] if named else ""
+        if layer is not None:
+            where = _LAYER.sub(layer, where)
         if instruction.opcode in _CONTROL:
-            trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
+            trips, own = _TRIPS.search(instruction.rest), _LAYER.search(where)
+            turns = int(trips[1]) if trips and instruction.opcode == "while" else 1
             for _, called in instruction.called():
-                _walk_kernels(computations, called, times * (int(trips[1]) if trips else 1), found)
+                _walk_kernels(computations, called, times * turns, found, own[0] if own else layer)
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
-            target, where = _TARGET.search(instruction.rest), _OP_NAME.search(instruction.rest)
-            kind = target[1] if target else instruction.opcode
-            found.append(CompiledKernel(kind, times, where[1] if where else ""))
+            target = _TARGET.search(instruction.rest)
+            found.append(CompiledKernel(target[1] if target else instruction.opcode, times, where))
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:

@@ -116,7 +116,8 @@ class Embedding(Linear):
 
 
 class Attention(nnx.Module):
-    """Multi-head latent attention (section 2.1), absorbed: k_b goes into the query, v_b follows the mixed latents."""
+    """Multi-head latent attention (section 2.1), absorbed: k_b goes into the query, v_b follows the mixed latents.
+    Only long prompts on the GPU kernels make keys and values of the latents (`ops.mla_values`)."""
 
     gives_pages = True
 
@@ -149,19 +150,27 @@ class Attention(nnx.Module):
                 q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)), want=heads)
             q = q.reshape(tokens, -1, c.qk_head_dim)  # [T, H, N + P], H cut over `heads`
             q_rope = rotate(q[..., c.qk_nope_head_dim :], cos, sin)
-            q_latent = self.k_b_proj(q)
         with jax.named_scope("latent"):
             kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm  # [T, R + P]
             pages = write_latents(pages, kv, norm, cos, sin, run, implementation=self.implementation)
         with jax.named_scope("attend"):
-            mixed = ops.mla_attention(
-                q_latent, q_rope, pages, run.block_table, run.sequence, run.positions,
-                scale=c.softmax_scale, tile=run.tile, implementation=self.implementation,
-            )  # fmt: skip
-            by_value = self.v_b_proj.cut[0]
-            mixed = recut(mixed.reshape(tokens, -1), heads, by_value).reshape(tokens, -1, c.kv_lora_rank)
-            values = self.v_b_proj(mixed)  # [T, H, V], H cut over `by_value`
-        return self.o_proj(values.reshape(tokens, -1), have=by_value), pages
+            values = self._values(q, q_rope, pages, run)  # [T, H, V], H cut as v_b's
+        return self.o_proj(values.reshape(tokens, -1), have=self.v_b_proj.cut[0]), pages
+
+    def _values(self, q: jax.Array, q_rope: jax.Array, pages: jax.Array, run: Run) -> jax.Array:
+        """What the heads read from the cache, in the form that suits how the weights lie and are cut."""
+        k_b, v_b = self.k_b_proj, self.v_b_proj
+        heads, by_value = k_b.cut[0], v_b.cut[0]
+        where, scale = (pages, run.block_table, run.sequence, run.positions), self.config.softmax_scale
+        if self.implementation == "pallas" and heads == by_value:
+            weights = k_b.weight.get_value(), v_b.weight.get_value()
+            if ops.expands(*weights, q.shape[0], pages.shape[1], run.tile):
+                return ops.mla_values(q, q_rope, *weights, *where, scale=scale, tile=run.tile)
+        mixed = ops.mla_attention(
+            k_b(q), q_rope, *where, scale=scale, tile=run.tile, implementation=self.implementation
+        )
+        tokens, _, rank = mixed.shape
+        return v_b(recut(mixed.reshape(tokens, -1), heads, by_value).reshape(tokens, -1, rank))
 
 
 class Sum(NamedTuple):

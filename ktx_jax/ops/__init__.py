@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model's heavy operations: each once, with an exact XLA form and the fast ones that must agree with it."""
 
-from ktx_jax.ops.attention import latent_values, mla_attention
+from ktx_jax.ops.attention import expands, latent_values, mla_attention, mla_values
 from ktx_jax.ops.experts import experts, swiglu
 from ktx_jax.ops.largest import largest
 from ktx_jax.ops.matmul import Weight, block_size, embedding_rows, head_matmul, matmul
@@ -16,6 +16,7 @@ __all__ = [
     "block_size",
     "choose_experts",
     "embedding_rows",
+    "expands",
     "experts",
     "head_matmul",
     "largest",
@@ -23,6 +24,7 @@ __all__ = [
     "log_softmax",
     "matmul",
     "mla_attention",
+    "mla_values",
     "rms_norm",
     "softmax",
     "sum_exp",

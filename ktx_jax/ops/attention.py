@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head latent attention in its absorbed form, over a paged cache (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+"""Multi-head latent attention over a paged cache (DeepSeek-V2, arXiv:2405.04434, section 2.1): absorbed, but for long
+prompts on the GPU kernels."""
 
 import jax
 import jax.numpy as jnp
 import ktx_ffi
 from jaxtyping import Array, Float, Int, UInt16
 
+from ktx_jax.ops.matmul import Weight, head_matmul
 from ktx_jax.ops.tiles import map_tiles
+from ktx_jax.quantized import PlanesArray
 
 # Cached positions that one step of the softmax covers.
 _CHUNK = 512
@@ -103,3 +106,63 @@ def mla_attention(
     )
     out = one_tile(jax.tree.map(lambda a: a[0], runs)) if tokens == tile else map_tiles(one_tile, runs, after=queries)
     return out.reshape(tokens, heads, rank)
+
+
+def mla_values(
+    q: Float[Array, "T H columns"],
+    q_rope: Float[Array, "T H P"],
+    k_b: Weight,
+    v_b: Weight,
+    pages: Float[Array, "pages page R_P"] | UInt16[Array, "pages page R_P"],
+    block_table: Int[Array, "B blocks"],
+    sequence: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    *,
+    scale: float,
+    tile: int,
+) -> Float[Array, "T H V"]:
+    """`mla_attention` from queries, whose first N columns meet k_b `[H, R, N]`, to v_b's values `[H, V, R]`, on the GPU
+    kernels.
+
+    Sequences with many tokens here attend in expanded form, the others absorbed: each by its own numbers, so that a
+    row's result does not depend on the others'. Only for what `expands` takes.
+    """
+    assert isinstance(k_b, PlanesArray)
+    assert isinstance(v_b, PlanesArray)
+    from pallas_kernels.heuristics import LEAST_EXPANDED, expanded_pays  # imported when used: it takes a second
+    from pallas_kernels.mla_prefill import mla_prefill
+    from pallas_kernels.prefill_plan import prefill_plan
+
+    rows, live = jnp.arange(block_table.shape[0]), positions >= 0
+    own = (sequence[:, None] == rows) & live[:, None]  # [T, B]
+    length = jnp.max(jnp.where(own, positions[:, None] + 1, 0), axis=0)
+    chosen = expanded_pays(own.sum(axis=0), length)[sequence] & live
+    # Like all above, it is computed once for all layers: XLA sees that it is the same, as it is outside the branches.
+    many = jnp.where(chosen, positions, -1)
+    plan = prefill_plan(block_table, sequence, many, page=pages.shape[1], tile=tile, least=LEAST_EXPANDED)
+
+    def absorbed() -> jax.Array:
+        q_latent, rest = head_matmul(q, k_b), jnp.where(chosen, -1, positions)
+        mixed = mla_attention(
+            q_latent, q_rope, pages, block_table, sequence, rest, scale=scale, tile=tile, implementation="pallas"
+        )
+        return head_matmul(mixed, v_b)
+
+    def expanded(into: jax.Array) -> jax.Array:
+        weights = (k_b.records, v_b.records, (k_b.ggml_type.name, v_b.ggml_type.name))
+        return mla_prefill(q[..., : k_b.shape[2]], q_rope, *weights, pages, plan, into, scale=scale)
+
+    none = jnp.zeros((*q.shape[:2], v_b.shape[1]), q.dtype)
+    values = jax.lax.cond(jnp.any(live & ~chosen), absorbed, lambda: none)
+    return jax.lax.cond(jnp.any(chosen), expanded, lambda into: into, values)
+
+
+def expands(k_b: Weight, v_b: Weight, tokens: int, page: int, tile: int) -> bool:
+    """Whether a step of `tokens` may attend in expanded form: its kernels take these weights, pages and runs."""
+    if not (isinstance(k_b, PlanesArray) and isinstance(v_b, PlanesArray)):
+        return False
+    from pallas_kernels import mla_prefill, prefill_plan
+    from pallas_kernels.heuristics import LEAST_EXPANDED
+
+    obstacles = (mla_prefill.obstacle(k_b.shape, v_b.shape), prefill_plan.obstacle(page, tile))
+    return tokens >= LEAST_EXPANDED and obstacles == (None, None)
