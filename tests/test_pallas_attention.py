@@ -1,32 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU attention kernel in Mosaic's CPU interpreter, against the gathered reference in float32."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_cases import interpreter, random_rows, relative_error
+from pallas_cases import attention_case, interpreter, relative_error
 
 from pallas_kernels import mla_attention as family
 from pallas_kernels.mla_attention import mla_attention, mla_attention_reference
-
-
-def _case(heads, page, blocks, tile, positions, seed, *, bits=True):
-    """Sequences in order, a run of `tile` tokens each; all beyond their last positions is NaN, as are unused pages."""
-    rng = np.random.default_rng(seed)
-    tokens, batch = len(positions), len(positions) // tile
-    pages = np.full((batch * blocks + 1, page, 576), np.nan, jnp.bfloat16)
-    table = rng.permutation(batch * blocks + 1)[: batch * blocks].reshape(batch, blocks).astype(np.int32)
-    sequence = np.repeat(np.arange(batch, dtype=np.int32), tile)
-    for row in range(batch):
-        length = max(positions[row * tile : (row + 1) * tile]) + 1
-        for at in range(length):
-            pages[table[row, at // page], at % page] = rng.standard_normal(576)
-    queries = [random_rows((tokens, heads, width), rng) * jnp.bfloat16(0.3) for width in (512, 64)]
-    cache = jnp.asarray(pages)
-    if bits:
-        cache = jax.lax.bitcast_convert_type(cache, jnp.uint16)
-    return *queries, cache, jnp.asarray(table), jnp.asarray(sequence), jnp.asarray(positions, jnp.int32)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +19,7 @@ def _case(heads, page, blocks, tile, positions, seed, *, bits=True):
     ],
 )
 def test_it_meets_the_reference(heads, page, blocks, tile, positions):
-    case = _case(heads, page, blocks, tile, positions, seed=1, bits=tile == 1)
+    case = attention_case(heads, page, blocks, tile, positions, seed=1, bits=tile == 1)
     with interpreter():
         out = mla_attention(*case, scale=0.1, tile=tile, interpret=True)
     live = np.array(positions) >= 0
@@ -47,7 +28,7 @@ def test_it_meets_the_reference(heads, page, blocks, tile, positions):
 
 
 def test_ranges_of_the_cache_are_merged(monkeypatch):
-    case = _case(16, 64, 5, 1, [300, 70], seed=2)
+    case = attention_case(16, 64, 5, 1, [300, 70], seed=2)
     monkeypatch.setattr(family, "attention_splits", lambda blocks, positions: 3)
     with interpreter():
         parts = mla_attention(*case, scale=0.1, interpret=True)
@@ -55,7 +36,7 @@ def test_ranges_of_the_cache_are_merged(monkeypatch):
 
 
 def test_what_the_kernel_cannot_take_is_named():
-    q, rope, pages, table, sequence, positions = _case(16, 64, 1, 1, [3], seed=3)
+    q, rope, pages, table, sequence, positions = attention_case(16, 64, 1, 1, [3], seed=3)
     with pytest.raises(NotImplementedError, match="not 256 \\+ 64"):
         mla_attention(q[..., :256], rope, pages, table, sequence, positions, scale=0.1)
     with pytest.raises(NotImplementedError, match="not 48"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pallas_cases import interpreter, random_records, random_rows, relative_error
+from pallas_cases import experts_case, interpreter, relative_error
 
 from pallas_kernels import groups
 from pallas_kernels.grouped_matmul import grouped_mlp, grouped_mlp_reference
@@ -39,21 +39,10 @@ def test_every_pair_has_a_row_in_a_tile_of_its_expert(ids, rows, compared):
     assert len(used) == sum(-(-(ids[known] == e).sum() // rows) for e in range(experts))
 
 
-def _case(tokens, experts, k, d, width, names, seed):
-    rng = np.random.default_rng(seed)
-    gate, up = (random_records(names[0], (experts, width, d), rng) for _ in range(2))
-    down = random_records(names[1], (experts, d, width), rng)
-    ids = np.stack([rng.choice(experts, k, replace=False) for _ in range(tokens)]).astype(np.int32)
-    ids[rng.random(ids.shape) < 0.1] = -1
-    weights = rng.uniform(0.1, 1, (tokens, k)).astype(np.float32)
-    x = random_rows((tokens, d), rng) * jnp.bfloat16(0.1)
-    return x, jnp.asarray(ids), jnp.asarray(weights), gate, up, down, names
-
-
 @pytest.mark.slow  # of these the model's operation has a small one, in test_pallas_ops.py
 @pytest.mark.parametrize(("tokens", "names"), [(1, ("Q4_K", "Q6_K")), (5, ("Q4_K", "Q5_0")), (9, ("IQ4_XS", "Q8_0"))])
 def test_few_tokens(tokens, names):
-    case = _case(tokens, 5, 2, 256, 256, names, tokens)
+    case = experts_case(tokens, 5, 2, 256, 256, names, tokens)
     with interpreter():
         out = grouped_mlp(*case, interpret=True)
     # Only the hidden values are rounded.
@@ -69,14 +58,14 @@ def test_few_tokens(tokens, names):
     ],
 )
 def test_many_tokens(names, d, width):
-    case = _case(21, 2, 2, d, width, names, 7)
+    case = experts_case(21, 2, 2, d, width, names, 7)
     with interpreter():
         out = grouped_mlp(*case, interpret=True)
     assert relative_error(out, grouped_mlp_reference(*case)) < 2e-2
 
 
 def test_shapes_that_do_not_fit_are_named():
-    x, ids, weights, gate, up, down, names = _case(1, 2, 1, 256, 256, ("Q4_K", "Q8_0"), 8)
+    x, ids, weights, gate, up, down, names = experts_case(1, 2, 1, 256, 256, ("Q4_K", "Q8_0"), 8)
     with pytest.raises(ValueError, match="down has shape"):
         grouped_mlp(x, ids, weights, gate, up, down[:, :2], names)
     with pytest.raises(NotImplementedError, match="float32"):

@@ -3,13 +3,20 @@
 
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
 from gguf import GGMLQuantizationType
-from pallas_cases import interpreter, random_records, random_rows, relative_error
+from pallas_cases import (
+    PROMPT_TYPES,
+    head_weights,
+    interpreter,
+    prompt_case,
+    prompt_tokens,
+    random_rows,
+    relative_error,
+)
 from pallas_models import references
 
 from ktx_jax import ops
@@ -22,46 +29,8 @@ from pallas_kernels.mla_expand import expand, expand_reference
 from pallas_kernels.mla_prefill import mla_prefill, mla_prefill_reference
 from pallas_kernels.prefill_plan import prefill_plan
 
-NAMES, OTHERS = ("Q5_0", "Q4_K"), (("BF16", "Q8_0"), ("Q4_0", "IQ4_XS"))
+OTHERS = (("BF16", "Q8_0"), ("Q4_0", "IQ4_XS"))
 SLOW = pytest.mark.slow
-
-
-def _weights(heads, names=NAMES, seed=0):
-    rng = np.random.default_rng(seed)
-    return tuple(random_records(n, (heads, *s), rng) for n, s in zip(names, ((512, 128), (128, 512)), strict=True))
-
-
-def _cache(lengths, page, seed=1, blocks=None):
-    """Pages of sequences so long, in any order; all beyond their ends is NaN, as are pages that nobody uses."""
-    rng = np.random.default_rng(seed)
-    blocks = blocks or max(-(-max(lengths) // page), 1)
-    pages = np.full((len(lengths) * blocks + 1, page, 576), np.nan, jnp.bfloat16)
-    table = rng.permutation(len(pages))[:-1].reshape(len(lengths), blocks).astype(np.int32)
-    for row, length in enumerate(lengths):
-        for at in range(length):
-            pages[table[row, at // page], at % page] = rng.standard_normal(576)
-    return jax.lax.bitcast_convert_type(jnp.asarray(pages), jnp.uint16), jnp.asarray(table)
-
-
-def _run(spans, tile, padding=0):
-    """Tokens start .. stop - 1 of each sequence, padded to tiles, and whole tiles of padding after them."""
-    sequence, positions = [], []
-    for row, (start, stop) in enumerate(spans):
-        share = [*range(start, stop), *[-1] * (-(stop - start) % tile)]
-        positions += share
-        sequence += [row] * len(share)
-    positions += [-1] * padding
-    sequence += [0] * padding
-    return jnp.asarray(sequence, jnp.int32), jnp.asarray(positions, jnp.int32)
-
-
-def _case(spans, page, heads, tile=16, padding=0, seed=2):
-    rng = np.random.default_rng(seed)
-    sequence, positions = _run(spans, tile, padding)
-    dead = (positions < 0)[:, None, None]
-    queries = [jnp.where(dead, jnp.nan, random_rows((len(positions), heads, n), rng)) for n in (128, 64)]
-    into = jnp.full((len(positions), heads, 128), 7, jnp.bfloat16)
-    return (*queries, *_weights(heads), NAMES, *_cache([stop for _, stop in spans], page), sequence, positions, into)
 
 
 def _kernel(case, tile=16):
@@ -82,7 +51,7 @@ def _check(case, out):
 def test_expansion_meets_the_reference(names):
     """In tiles that are used; the other's latents are not read."""
     latents = random_rows((2, 256, 512), np.random.default_rng(1)).at[0].set(jnp.nan)
-    k_b, v_b = _weights(2, names)
+    k_b, v_b = head_weights(2, names)
     with interpreter():
         got = expand(latents, jnp.array([-1, 0]), k_b, v_b, names, interpret=True)
     for part, want in zip(got, expand_reference(latents, k_b, v_b, names), strict=True):
@@ -101,7 +70,7 @@ def test_expansion_meets_the_reference(names):
     ],
 )
 def test_it_meets_the_reference(spans, page, heads, tile, padding):
-    case = _case(spans, page, heads, tile, padding)
+    case = prompt_case(spans, page, heads, tile, padding)
     out = _kernel(case, tile)
     live = _check(case, out)
     assert (out[~live.reshape(-1, tile).repeat(tile, 0).any(1)] == 7).all()  # runs of padding are left as they were
@@ -110,7 +79,7 @@ def test_it_meets_the_reference(spans, page, heads, tile, padding):
 @pytest.mark.slow
 def test_sixteen_heads():
     """As V2-Lite has. V2.5's 128, eight times the blocks, are compiled (`test_pallas_compile`): heads share nothing."""
-    case = _case([(3, 40)], 64, heads=16)
+    case = prompt_case([(3, 40)], 64, heads=16)
     _check(case, _kernel(case))
 
 
@@ -118,9 +87,9 @@ def test_sixteen_heads():
 def test_a_row_depends_on_no_other(monkeypatch):
     """To the bit: alone, and in company that shares its ranges of positions, which begin and end elsewhere."""
     spans = [(250, 270), (0, 12)]
-    case = _case(spans[::-1], 64, 1)
+    case = prompt_case(spans[::-1], 64, 1)
     together = _kernel(case)[16:]
-    first = _run(spans[:1], 16)
+    first = prompt_tokens(spans[:1], 16)
     alone = (*(x[16:] for x in case[:2]), *case[2:6], case[6][1:], *first, case[-1][16:])
     np.testing.assert_array_equal(_kernel(alone), together)
     monkeypatch.setattr(planning, "RANGE_TILES", 1)
@@ -130,7 +99,7 @@ def test_a_row_depends_on_no_other(monkeypatch):
 
 def test_expanded_and_absorbed_agree():
     """Each as near to the exact values as bfloat16 keys, or latent queries, let it be."""
-    case = _case([(70, 140)], 64, 1)
+    case = prompt_case([(70, 140)], 64, 1)
     nope, rope, k_b, v_b, names, *where, _ = case
     live, pages = np.asarray(where[-1]) >= 0, where[0]
     where[0] = jnp.where((pages & 0x7FFF) > 0x7F80, 0, pages)  # XLA's path takes no NaN, be it of weight 0
@@ -149,8 +118,8 @@ def test_each_sequence_takes_the_form_that_suits_it():
     """Many new tokens, and few: values of the one kernel are all ones, of the other what v_b makes of zeros."""
     page, heads = 64, 1
     spans = [(0, 200), (500, 516), (900, 1100)]
-    sequence, positions = _run(spans, 16, padding=16)
-    k_b, v_b = (PlanesArray(w, GGMLQuantizationType[n]) for w, n in zip(_weights(heads), NAMES, strict=True))
+    sequence, positions = prompt_tokens(spans, 16, padding=16)
+    k_b, v_b = (PlanesArray(w, GGMLQuantizationType[n]) for w, n in zip(head_weights(heads), PROMPT_TYPES, strict=True))
     queries = [jnp.zeros((len(positions), heads, n), jnp.bfloat16) for n in (128, 64)]
     pages = jnp.zeros((1, page, 576), jnp.uint16)
     table = jnp.zeros((3, 18), jnp.int32)
@@ -188,7 +157,7 @@ def test_which_form_pays():
 
 
 def test_what_the_kernel_cannot_take_is_named():
-    nope, rope, k_b, v_b, names, pages, table, sequence, positions, into = _case([(0, 16)], 64, 1)
+    nope, rope, k_b, v_b, names, pages, table, sequence, positions, into = prompt_case([(0, 16)], 64, 1)
 
     def call(nope=nope, rope=rope, k_b=k_b, pages=pages, page=64, tile=16):
         plan = prefill_plan(table, sequence, positions, page=page, tile=tile)
