@@ -74,8 +74,11 @@ def _floats(read: Read, i: Instruction) -> np.ndarray:
     }[op](*x)  # fmt: skip
 
 
-def _bfloat16_pairs(read: Read, i: Instruction) -> np.ndarray:
+def _bfloat16(read: Read, i: Instruction) -> np.ndarray:
+    """One, or two in a register, each rounded."""
     f = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}[i.parts[0]]
+    if i.parts[1:] == ("bf16",):
+        return bfloat16_bits(f(*(bfloat16_values(read(o, np.uint16)) for o in i.operands[1:])))
     x, y = (map(bfloat16_values, halves(read(o, np.uint32))) for o in i.operands[1:])
     return joined(*(bfloat16_bits(f(a, b)) for a, b in zip(x, y, strict=True)))
 
@@ -83,8 +86,8 @@ def _bfloat16_pairs(read: Read, i: Instruction) -> np.ndarray:
 def _arithmetic(read: Read, i: Instruction) -> np.ndarray:
     if i.parts[-1] == "f32":
         return _floats(read, i)
-    if i.parts[-1] == "bf16x2":
-        return _bfloat16_pairs(read, i)
+    if i.parts[-1] in ("bf16", "bf16x2"):
+        return _bfloat16(read, i)
     if len(i.parts) != 2:
         raise _unknown(i)
     f = {"add": np.add, "sub": np.subtract, "max": np.maximum, "min": np.minimum}[i.parts[0]]
@@ -92,7 +95,7 @@ def _arithmetic(read: Read, i: Instruction) -> np.ndarray:
 
 
 def _multiply(read: Read, i: Instruction) -> np.ndarray:
-    if i.parts[-1] in ("f32", "bf16x2"):
+    if i.parts[-1] in ("f32", "bf16", "bf16x2"):
         return _arithmetic(read, i)
     _, how, name = i.parts
     kind = TYPES[name]

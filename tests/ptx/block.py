@@ -77,6 +77,7 @@ class Block:
                 raise Fault(self._deadlock(running))
         for barrier in (*self.mbarriers.values(), *self._named.values()):
             barrier.check_idle()
+        self.warps.clear()  # they refer to the block: both can go now
 
     def _deadlock(self, running: dict) -> str:
         instructions = self.program.instructions

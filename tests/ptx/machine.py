@@ -51,7 +51,7 @@ class Machine:
             found = self._execute(compiled(whole, arrays, self._dump), arrays, empty)
             for n in written:
                 operands[n][...] = jnp.asarray(found[n])
-            results = [jnp.asarray(a) for a in found[len(arrays) :]]
+            results = tuple(jnp.asarray(a) for a in found[len(arrays) :])
             return results if isinstance(out_type, list | tuple) else results[0]
 
         return run

@@ -47,18 +47,18 @@ _WAIT = re.compile(
     r"LAB_WAIT:\s*(mbarrier\.try_wait\S* )\s*\w+,([^;]*;)\s*@P1 bra\.uni DONE;\s*bra\.uni\s+LAB_WAIT;\s*DONE:"
 )
 _PRODUCT = re.compile(r"\{ \.reg \.pred p; setp\.ne\.b32 p, (\S+), 0; (wgmma[^;]*), p, ([^;]*;) \}")
-_DIRECTIVE = re.compile(r"\.(loc|reg|pragma|shared)\b")
+_DIRECTIVE = re.compile(r"^\s*\.(?:loc|reg|pragma|shared)\b.*\n", re.MULTILINE)
 
 
 def parse(ptx: str) -> Program:
     """The program of the one kernel in `ptx`."""
-    body = re.sub(r"//.*", "", ptx[ptx.index("\n{\n") + 3 :])
+    body = _DIRECTIVE.sub("", re.sub(r"//.*", "", ptx[ptx.index("\n{\n") + 3 :]))
     body = body[: body.index("\n}\n")] if "\n}\n" in body else body
     body = _PRODUCT.sub(r"\2, \1, \3", _WAIT.sub(r"\1\2", body))
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in map(str.strip, body.splitlines()):
-        if not line or line in "{}" or _DIRECTIVE.match(line):
+        if not line or line in "{}":
             continue
         if label := re.fullmatch(r"(\$?\w+):", line):
             labels[label[1]] = len(instructions)
