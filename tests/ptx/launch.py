@@ -62,15 +62,14 @@ _launches: dict[str, Launch] = {}
 def compiled(function: Callable, operands: list[np.ndarray], dump: Path) -> Launch:
     """The one kernel in `function`. `dump`: where Mosaic has been told to put what it makes (`MOSAIC_GPU_DUMP_TO`)."""
     shapes = [jax.ShapeDtypeStruct(o.shape, o.dtype, sharding=_sharding()) for o in operands]
-    with jax.disable_jit(False):
-        lowered = jax.jit(function, out_shardings=_sharding()).lower(*shapes)
-        key = lowered.as_text()
-        if key not in _launches:
-            lowered.compile()
-            ([ptx], [passes]) = (list(dump.glob(pattern)) for pattern in ("*.ptx", "*.mlir-passes.log"))
-            _launches[key] = _launch(ptx.read_text(), passes.read_text())
-            for made in dump.iterdir():
-                made.unlink()
+    lowered = jax.jit(function, out_shardings=_sharding()).lower(*shapes)
+    key = lowered.as_text()
+    if key not in _launches:
+        lowered.compile()
+        ([ptx], [passes]) = (list(dump.glob(pattern)) for pattern in ("*.ptx", "*.mlir-passes.log"))
+        _launches[key] = _launch(ptx.read_text(), passes.read_text())
+        for made in dump.iterdir():
+            made.unlink()
     return _launches[key]
 
 
