@@ -175,6 +175,10 @@ def _prefill_cases(model: Model) -> Iterator[Case]:
             yield Case(name, call, operands)
 
 
+# Of ptxas; that it serializes wgmma, or ignores setmaxnreg, it says as "info".
+_WARNINGS = "[Ww]arning|Potential|wgmma|setmaxnreg"
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What came of a case: for each of its kernels that no earlier case had, registers, bytes spilled, shared memory;
@@ -212,7 +216,7 @@ class Compiler:
             tuple(int(n) for text in ptxas for n in re.findall(r"Used (\d+) registers", text)),
             sum(int(n) for text in ptxas for n in re.findall(r"(\d+) bytes spill", text)),
             tuple(int(re.findall(r"dynamic_shared_memory_size %c(\d+)", text)[0]) for text in passes),
-            tuple(line.strip() for text in ptxas for line in text.splitlines() if "arning" in line or "wgmma" in line),
+            tuple(line.strip() for text in ptxas for line in text.splitlines() if re.search(_WARNINGS, line)),
             memory.temp_size_in_bytes,
             time.perf_counter() - begun,
         )

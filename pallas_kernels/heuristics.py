@@ -59,7 +59,7 @@ def decode_tiles(fmt: Format, rows: int, tiles: int, n: int, k: int, weights: in
     """For `tiles` tiles of `rows` rows against `[n, k]` matrices, `weights` of them a block.
 
     K is split until four blocks share each multiprocessor, while a range has two steps at least. How it is split does
-    not depend on `rows`.
+    not depend on `rows`, but on `tiles`.
     """
     step = next(s for s in (256, 192, 128, TILE) if k % s == 0 and s % fmt.depth == 0)
     steps = k // step

@@ -57,7 +57,8 @@ def quantized_matmul(
         raise ValueError(f"rows of {x.shape[1]} values do not meet a weight of shape {(n, k)}")
     if tokens <= DECODE_ROWS or dtype == jnp.float32:
         tiles = row_tiles(x, decode_rows(tokens))
-        how = decode_tiles(fmt, tiles.shape[1], tiles.shape[0], n, k, 1)
+        # As for one tile, so that no row's sum depends on how many there are.
+        how = decode_tiles(fmt, tiles.shape[1], 1, n, k, 1)
         (out,) = decode_products(
             tiles, (weight[None],), jnp.zeros(tiles.shape[0], jnp.int32), name, how, interpret=interpret
         )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pallas_cases import interpreter, random_records, random_rows, relative_error
 
+from pallas_kernels import heuristics
 from pallas_kernels.decode_matmul import decode_products
 from pallas_kernels.formats import FORMATS
 from pallas_kernels.heuristics import DecodeTiles, decode_tiles
@@ -52,9 +53,12 @@ def test_ranges_of_k_are_summed(name, k, how):
     assert relative_error(out[0].T, quantized_matmul_reference(x, weight, name)) < _SUMS
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("rows", [12, 20])
+def test_a_row_does_not_depend_on_its_neighbours(rows, monkeypatch):
+    # So few that two tiles of rows would do with fewer ranges of K than one.
+    monkeypatch.setattr(heuristics, "MULTIPROCESSORS", 1)
     rng = np.random.default_rng(5)
-    weight, x = random_records("Q4_K", (64, 512), rng), random_rows((12, 512), rng)
+    weight, x = random_records("Q4_K", (64, 2048), rng), random_rows((rows, 2048), rng)
     poisoned = x.at[7:].set(jnp.nan)
     with interpreter():
         alone = quantized_matmul(x[:7], weight, "Q4_K", dtype=jnp.float32, interpret=True)

@@ -36,9 +36,9 @@ from pallas_models import (
 
 from ktx_jax import presets
 from ktx_jax.errors import KtxError
+from ktx_jax.execution import choose_implementations
 from ktx_jax.gguf.convert import to_q8_0
 from ktx_jax.gguf.reader import open_gguf
-from ktx_jax.llm import _implementations
 from ktx_jax.model.config import config_from_gguf
 from ktx_jax.presets import SHAPES, preset_config
 from ktx_jax.quantized import PlanesArray, QuantizedArray
@@ -256,16 +256,16 @@ class TestWhereTheyRun:
         devices = [mock.Mock(spec=jax.Device, platform="gpu", compute_capability=capability)] * 2
         if isinstance(said, KtxError):
             with pytest.raises(KtxError, match=str(said)):
-                _implementations(name, devices, dtype)
+                choose_implementations(name, devices, dtype)
             return
         op, _, why = said.partition(": ")
-        assert _implementations(name, devices, dtype).devices == op
+        assert choose_implementations(name, devices, dtype).devices == op
         assert [why in record.getMessage() for record in caplog.records] == [True] * bool(why)
 
     def test_not_on_cpus(self):
         devices = [mock.Mock(spec=jax.Device, platform="cpu")]
         with pytest.raises(KtxError, match="'pallas' computes on GPUs; the device is"):
-            _implementations("pallas", devices, "bfloat16")
+            choose_implementations("pallas", devices, "bfloat16")
 
     def test_rules_chosen_for_them_count_their_bytes(self):
         """A device that just holds the file's blocks does not hold their records, 2.8% larger: some experts go."""

@@ -3,6 +3,7 @@
 
 from ktx_jax.ops.attention import expands, latent_values, mla_attention, mla_values
 from ktx_jax.ops.experts import experts, swiglu
+from ktx_jax.ops.largest import largest
 from ktx_jax.ops.matmul import Weight, block_size, embedding_rows, head_matmul, matmul
 from ktx_jax.ops.norm import rms_norm
 from ktx_jax.ops.softmax import log_softmax, softmax, sum_exp
@@ -14,6 +15,7 @@ __all__ = [
     "expands",
     "experts",
     "head_matmul",
+    "largest",
     "latent_values",
     "log_softmax",
     "matmul",
