@@ -35,12 +35,16 @@ from gpu_model import RUNS, random_weight, run_models  # noqa: E402
 
 from pallas_kernels.formats import FORMATS  # noqa: E402
 from pallas_kernels.grouped_matmul import gated_matmul, grouped_mlp, grouped_mlp_reference  # noqa: E402
+from pallas_kernels.latents import write_latents, write_latents_reference  # noqa: E402
 from pallas_kernels.mla_attention import mla_attention, mla_attention_reference  # noqa: E402
+from pallas_kernels.parts import total_of  # noqa: E402
 from pallas_kernels.quantized_matmul import (  # noqa: E402
     batched_matmul,
     quantized_matmul,
     quantized_matmul_reference,
 )
+from pallas_kernels.rms_norm import add_rms_norm, add_rms_norm_reference  # noqa: E402
+from pallas_kernels.router import choose_experts, choose_experts_reference  # noqa: E402
 
 L2_BYTES = 50 << 20
 ROTATED_BYTES = 8 * L2_BYTES
@@ -211,6 +215,7 @@ def checks() -> Iterator[Check]:
         name = f"attention of prompts, {tokens} tokens of {positions}, {heads} heads"
         yield Check(name, prompts.expanded, prompts.reference, make, 2e-2)
     yield from _harder_checks()
+    yield from row_checks()
 
 
 def _harder_checks() -> Iterator[Check]:
@@ -275,7 +280,73 @@ def _harder_checks() -> Iterator[Check]:
         )
 
 
+def _norm_operands(rows: int, width: int, splits: int, key: jax.Array) -> tuple:
+    keys = jax.random.split(key, 3)
+    summands = jax.random.normal(keys[1], (splits, rows, width), jnp.float32)
+    return _rows(keys[0], rows, width), summands, jax.random.uniform(keys[2], (width,), jnp.float32, 0.5, 2.0)
+
+
+def _norm(add: Callable, x: jax.Array, summands: jax.Array, weight: jax.Array) -> jax.Array:
+    """The sum of x and a product in parts, and its norm, side by side."""
+    return jnp.concatenate(add(x, total_of(summands), weight, 1e-6), axis=1)
+
+
+def _latents_operands(rows: int, splits: int, key: jax.Array) -> tuple:
+    keys = jax.random.split(key, 4)
+    angles = jax.random.uniform(keys[0], (rows, 32), jnp.float32, 0.0, 6.0)
+    pages = jax.lax.bitcast_convert_type(_rows(keys[1], 1 + rows // 64, 64, 576), jnp.uint16)
+    summands = jax.random.normal(keys[2], (splits, rows, 576), jnp.float32)
+    places = jax.random.permutation(keys[3], 64 * (1 + rows // 64))[:rows].astype(jnp.int32)
+    places = places.at[rows // 2].set(places[0] if rows == 1 else -1)  # one is padding
+    return pages, summands, jnp.ones(512), jnp.cos(angles), jnp.sin(angles), places
+
+
+def _latents(write: Callable, pages: jax.Array, summands: jax.Array, weight: jax.Array, *rest: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(write(pages, total_of(summands), weight, 1e-6, *rest), jnp.bfloat16)
+
+
+def _router_operands(rows: int, experts: int, key: jax.Array) -> tuple:
+    """Logits in steps of a half: many are equal."""
+    logits = jnp.round(jax.random.normal(key, (rows, experts), jnp.float32) * 4) / 2
+    return logits, jnp.arange(rows) % 3 != 1
+
+
+def _router(choose: Callable, experts: int, logits: jax.Array, live: jax.Array) -> jax.Array:
+    groups, kept = (8, 3) if experts == 160 else (1, 1)
+    choice = {"experts": 6, "groups": groups, "kept_groups": kept, "normalized": False, "scale": 16.0}
+    ids, weights = choose(logits, live, **choice)
+    return jnp.concatenate([ids.astype(jnp.float32), weights], axis=1)
+
+
+def row_checks() -> Iterator[Check]:
+    """Of the kernels whose blocks have a row each."""
+    for width, splits in ((5120, 8), (1536, 10), (2048, 4)):
+        kernel, reference = (partial(_norm, add) for add in (add_rms_norm, add_rms_norm_reference))
+        yield Check(f"norm of {width}", kernel, reference, partial(_norm_operands, 5, width, splits), 1e-2)
+    kernel, reference = (partial(_latents, write) for write in (write_latents, write_latents_reference))
+    yield Check("latents", kernel, reference, partial(_latents_operands, 5, 10), 1e-2)
+    for experts in (160, 64):
+        kernel, reference = (partial(_router, f, experts) for f in (choose_experts, choose_experts_reference))
+        yield Check(f"router of {experts}", kernel, reference, partial(_router_operands, 70, experts), 1e-6)
+
+
+def row_timings() -> Iterator[Timing]:
+    """Bytes and operations are next to nothing: what counts is how long the shortest kernel takes."""
+    for rows in (1, 64, 512):
+        for width, splits in ((5120, 8), (1536, 10), (2048, 4)):
+            make = partial(_norm_operands, rows, width, splits)
+            read = rows * width * (4 * splits + 6)
+            yield Timing(f"norm of {width} in {splits} parts, {rows} rows", partial(_norm, add_rms_norm), make, read, 0)
+        make = partial(_latents_operands, rows, 10)
+        yield Timing(f"latents, {rows} rows", partial(_latents, write_latents), make, rows * 576 * 42, 0)
+        for experts in (160, 64):
+            make = partial(_router_operands, rows, experts)
+            choose = partial(_router, choose_experts, experts)
+            yield Timing(f"router of {experts}, {rows} rows", choose, make, rows * experts * 4, 0)
+
+
 def timings() -> Iterator[Timing]:
+    yield from row_timings()
     for name in FORMATS:
         for n, k in ((12288, 5120), (5120, 12288)) if name == "Q4_K" else ((12288, 5120),):
             weight = 4 * np.prod(FORMATS[name].record_shape((n, k)))

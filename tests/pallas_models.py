@@ -27,7 +27,16 @@ from ktx_jax.sharding.mesh import bind
 from ktx_jax.sharding.parameters import file_types
 from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.rules import Rules
-from pallas_kernels import grouped_matmul, mla_attention, mla_prefill, prefill_plan, quantized_matmul
+from pallas_kernels import (
+    grouped_matmul,
+    latents,
+    mla_attention,
+    mla_prefill,
+    prefill_plan,
+    quantized_matmul,
+    rms_norm,
+    router,
+)
 from pallas_kernels.unpack import dequantize
 
 # Latents and heads of the published sizes, which the attention kernels are made for; all else small.
@@ -98,6 +107,7 @@ def logits(gguf: GGUF, config: Config, plan: Plan, dtype: Any = jnp.bfloat16, pr
 
 def _batched_reference(x: jax.Array, weight: jax.Array, name: str) -> jax.Array:
     dense = dequantize(weight, name)
+    x = x[..., : dense.shape[-1]]
     return jnp.einsum("thk,hnk->thn", x.astype(jnp.float32), dense, precision="highest").astype(x.dtype)
 
 
@@ -119,7 +129,7 @@ def _gated_reference(x, gate, up, name):
 
 
 def _attention_reference(*operands, scale, tile):
-    return mla_attention.mla_attention_reference(*operands, scale)
+    return mla_attention.mla_attention_reference(*operands, scale).astype(jnp.bfloat16)
 
 
 def _plan_reference(*where, **_):
@@ -142,6 +152,10 @@ def references():
         mock.patch.object(mla_attention, "mla_attention", _attention_reference),
         mock.patch.object(mla_prefill, "mla_prefill", _prefill_reference),
         mock.patch.object(prefill_plan, "prefill_plan", _plan_reference),
+        mock.patch.object(rms_norm, "rms_norm", rms_norm.rms_norm_reference),
+        mock.patch.object(rms_norm, "add_rms_norm", rms_norm.add_rms_norm_reference),
+        mock.patch.object(latents, "write_latents", latents.write_latents_reference),
+        mock.patch.object(router, "choose_experts", router.choose_experts_reference),
     ):
         yield
 
@@ -155,6 +169,10 @@ def interpreted():
         (grouped_matmul, "grouped_mlp"),
         (grouped_matmul, "gated_matmul"),
         (mla_attention, "mla_attention"),
+        (rms_norm, "rms_norm"),
+        (rms_norm, "add_rms_norm"),
+        (latents, "write_latents"),
+        (router, "choose_experts"),
     )
     before = [getattr(module, name) for module, name in kernels]
     try:

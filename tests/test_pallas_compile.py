@@ -62,7 +62,7 @@ def test_experts(tmp_path, model):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["v2.5", "lite"])
 def test_attention(tmp_path, model):
-    _check(_compiled(tmp_path, model, "attention"), 1)
+    _check(_compiled(tmp_path, model, "attention"), 2)  # and the merge of ranges
 
 
 @pytest.mark.slow
@@ -72,3 +72,10 @@ def test_attention_of_prompts(tmp_path, model):
     assert len(cases) == 6
     _check(cases, 3)
     assert max(case["temporaries"] for case in cases) < 1 << 29
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["v2.5", "lite"])
+@pytest.mark.parametrize("kernel", ["router", "norm of", "latents"])
+def test_rows(tmp_path, model, kernel):
+    _check(_compiled(tmp_path, model, kernel), 1)

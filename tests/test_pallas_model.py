@@ -152,10 +152,9 @@ def test_what_is_loaded_is_what_the_plan_says(opened):
     for p in plan.parameters:
         leaf = found[p.path]
         assert leaf.nbytes == p.nbytes, p.path
-        assert isinstance(leaf, PlanesArray) == (p.ops.decode == "pallas"), p.path
-    assert {p.path for p in plan.parameters if p.ops.decode != "pallas" and len(p.shape) > 1} == {
-        "model.embed_tokens", "model.layers.1.mlp.gate"
-    }  # fmt: skip
+        packed = len(p.shape) > 1 and not p.path.endswith((".mlp.gate", "embed_tokens"))
+        assert isinstance(leaf, PlanesArray) == packed, p.path
+    assert {p.path for p in plan.parameters if p.ops.decode != "pallas"} == {"model.embed_tokens"}
 
 
 def test_a_phase_of_its_own_has_weights_of_its_own(opened):
@@ -287,7 +286,7 @@ def test_models_cut_over_four_devices():
     assert set(found) == {"experts and width", "width alone", "k_b and v_b apart"}
     for line in found.values():
         assert line["error"] < 1.3 * line["error of xla"] < 4e-2
-        assert line["on kernels"] == 20
+        assert line["on kernels"] == 28
         assert line["planned"] == line["live"]
 
 

@@ -5,12 +5,16 @@ from ktx_jax.ops.attention import expands, latent_values, mla_attention, mla_val
 from ktx_jax.ops.experts import experts, swiglu
 from ktx_jax.ops.largest import largest
 from ktx_jax.ops.matmul import Weight, block_size, embedding_rows, head_matmul, matmul
-from ktx_jax.ops.norm import rms_norm
+from ktx_jax.ops.norm import add_rms_norm, rms_norm
+from ktx_jax.ops.router import Choice, choose_experts
 from ktx_jax.ops.softmax import log_softmax, softmax, sum_exp
 
 __all__ = [
+    "Choice",
     "Weight",
+    "add_rms_norm",
     "block_size",
+    "choose_experts",
     "embedding_rows",
     "expands",
     "experts",

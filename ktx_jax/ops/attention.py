@@ -109,7 +109,7 @@ def mla_attention(
 
 
 def mla_values(
-    q_nope: Float[Array, "T H N"],
+    q: Float[Array, "T H columns"],
     q_rope: Float[Array, "T H P"],
     k_b: Weight,
     v_b: Weight,
@@ -121,7 +121,8 @@ def mla_values(
     scale: float,
     tile: int,
 ) -> Float[Array, "T H V"]:
-    """`mla_attention` from queries to values with k_b `[H, R, N]` and v_b `[H, V, R]`, on the GPU kernels.
+    """`mla_attention` from queries to values with k_b `[H, R, N]` and v_b `[H, V, R]`, on the GPU kernels:
+    the first N columns of q meet k_b.
 
     Sequences with many tokens here attend in expanded form, the others absorbed: each by its own numbers, so that a
     row's result does not depend on the others'. Only for what `expands` takes.
@@ -141,7 +142,7 @@ def mla_values(
     plan = prefill_plan(block_table, sequence, many, page=pages.shape[1], tile=tile, least=LEAST_EXPANDED)
 
     def absorbed() -> jax.Array:
-        q_latent, rest = head_matmul(q_nope, k_b), jnp.where(chosen, -1, positions)
+        q_latent, rest = head_matmul(q, k_b), jnp.where(chosen, -1, positions)
         mixed = mla_attention(
             q_latent, q_rope, pages, block_table, sequence, rest, scale=scale, tile=tile, implementation="pallas"
         )
@@ -149,9 +150,9 @@ def mla_values(
 
     def expanded(into: jax.Array) -> jax.Array:
         weights = (k_b.records, v_b.records, (k_b.ggml_type.name, v_b.ggml_type.name))
-        return mla_prefill(q_nope, q_rope, *weights, pages, plan, into, scale=scale)
+        return mla_prefill(q, q_rope, *weights, pages, plan, into, scale=scale)
 
-    none = jnp.zeros((*q_nope.shape[:2], v_b.shape[1]), q_nope.dtype)
+    none = jnp.zeros((*q.shape[:2], v_b.shape[1]), q.dtype)
     values = jax.lax.cond(jnp.any(live & ~chosen), absorbed, lambda: none)
     return jax.lax.cond(jnp.any(chosen), expanded, lambda into: into, values)
 
