@@ -3,11 +3,12 @@
 
     python benchmarks/gpu.py [--only WORD ...] [--json benchmarks/results/NAME.json]
 
-First what the device can do: bytes copied a second and bfloat16 products a second, by XLA. Then each kernel against the
-float32 reference, most at small sizes, and its runs against each other; then its time at the sizes of the models. Operands are larger than the L2 cache and
-rotated: a program calls a kernel once on each of several sets of them, and its time is divided by their number; medians
-of programs' times. Weights are random and made on the device. Last, whole models from token to token (`gpu_model.py`),
-those that the device has room for. Without a GPU it says so and exits with 1.
+First what the device can do: bytes copied a second and bfloat16 products a second, by XLA. Then each kernel against
+the float32 reference, most at small sizes, and its runs against each other; then its time at the sizes of the models.
+Operands are larger than the L2 cache and rotated: a program calls a kernel once on each of several sets of them, and
+its time is divided by their number; medians of programs' times. Weights are random and made on the device. Last,
+whole models from token to token (`gpu_model.py`), those that the device has room for. Without a GPU it says so and
+exits with 1.
 """
 
 import argparse
