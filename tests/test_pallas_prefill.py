@@ -60,6 +60,7 @@ def _case(spans, page, heads, tile=16, padding=0, seed=2):
     sequence, positions = _run(spans, tile, padding)
     dead = (positions < 0)[:, None, None]
     queries = [jnp.where(dead, jnp.nan, random_rows((len(positions), heads, n), rng)) for n in (128, 64)]
+    queries[0] = jnp.pad(queries[0], ((0, 0), (0, 0), (0, 64)), constant_values=jnp.nan)  # where q was rotated
     into = jnp.full((len(positions), heads, 128), 7, jnp.bfloat16)
     return (*queries, *_weights(heads), NAMES, *_cache([stop for _, stop in spans], page), sequence, positions, into)
 
