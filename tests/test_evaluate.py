@@ -21,8 +21,11 @@ from golden_models import golden_llm, token_kl
 
 from ktx_jax.errors import KtxError
 from ktx_jax.evaluate.compare import COLUMNS, Distances, compare, draw_comparison, measure_distances
+from ktx_jax.evaluate.identity import model_identity
 from ktx_jax.evaluate.journal import Journal
+from ktx_jax.evaluate.perplexity import perplexity_run
 from ktx_jax.evaluate.verify import check_fast_path, check_perplexity, check_shape
+from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.gguf.writer import TensorSource, write_gguf
 from ktx_jax.llm import LLM
 from ktx_jax.presets import SHAPES, preset_config
@@ -80,6 +83,22 @@ def test_compare_resumes(models, tmp_path):
         np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
     assert calls[-1] == 1
     assert len(path.read_text().splitlines()) == len(lines)
+
+
+def test_results_of_other_weights_in_a_file_of_the_same_name_are_refused(models, tmp_path):
+    """A model made anew, in another folder: the same name, the same size, the same configuration."""
+    changed, path = "blk.3.ffn_down_exps.weight", tmp_path / Q8.name
+    with open_gguf(Q8) as gguf:
+        tensors = [
+            TensorSource(name, t.shape, t.ggml_type, np.roll(gguf.blocks(name), int(name == changed), axis=0))
+            for name, t in gguf.tensors.items()
+        ]
+        write_gguf(path, gguf.metadata, tensors)
+    other = load(path)
+    Journal(tmp_path / "p.jsonl", perplexity_run(models[0], TEXT, WINDOW, None)).close()
+    with pytest.raises(KtxError, match="results of another run: perplexity weights was"):
+        Journal(tmp_path / "p.jsonl", perplexity_run(other, TEXT, WINDOW, None), resume=True)
+    assert model_identity(models[0]) == model_identity(load(Q8))
 
 
 def test_compare_refuses_other_vocabularies(models, tmp_path):
