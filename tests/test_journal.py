@@ -75,7 +75,7 @@ def test_killed_twenty_times(tmp_path):
 @pytest.mark.parametrize(
     ("content", "resume", "message"),
     [
-        ('{"run": {"model": "a", "window": 3}}\n["a", 1]\n', False, "holds results already: --resume"),
+        ('{"run": {"model": "a", "window": 3}}\n["a", 1]\n', False, "holds results: --resume"),
         ('{"run": {"model": "b", "window": 3}}\n', True, 'another run: model was "b", now "a"'),
         ('{"run": {"model": "a"}}\n', True, "another run: window was not given, now 3"),
         ('{"run": {"model": ["a"], "window": 3}}\n', True, "another run: model was given, now \"a\""),

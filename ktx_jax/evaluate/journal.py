@@ -110,7 +110,7 @@ class Journal:
             raise KtxError(f"{self._path} does not hold results of ktx-jax: choose another --out")
         if not resume:
             if len(lines) > 1:
-                raise KtxError(f"{self._path} holds results already: --resume goes on with them, or choose another --out")
+                raise KtxError(f"{self._path} holds results: --resume goes on with them, or choose another --out")
             lines, whole = [], b""
         entries = [self._parsed(line, number) for number, line in enumerate(lines, 1)]
         if entries:
