@@ -78,7 +78,7 @@ def test_killed_twenty_times(tmp_path):
         ('{"run": {"model": "a", "window": 3}}\n["a", 1]\n', False, "holds results: --resume"),
         ('{"run": {"model": "b", "window": 3}}\n', True, 'another run: model was "b", now "a"'),
         ('{"run": {"model": "a"}}\n', True, "another run: window was not given, now 3"),
-        ('{"run": {"model": ["a"], "window": 3}}\n', True, "another run: model was given, now \"a\""),
+        ('{"run": {"model": ["a"], "window": 3}}\n', True, 'another run: model was given, now "a"'),
         ("Once upon a time\n", True, "does not hold results"),
         ("Once upon a time\n", False, "does not hold results"),
         ('{"run": \n["a", 1]\n', True, "line 1: not a result of ktx-jax"),
