@@ -62,7 +62,9 @@ def pair_windows(tokenizer: Tokenizer, pairs: Sequence[tuple[Text, Text]]) -> li
     windows = []
     for at, pair in enumerate(pairs):
         try:
-            context, continuation = () if isinstance(pair, str | bytes) else pair
+            if isinstance(pair, str | bytes):
+                raise TypeError
+            context, continuation = pair
         except (TypeError, ValueError):
             raise KtxError(f"pairs should be a list of (context, continuation); found at {at}: {pair!r:.60}") from None
         windows.append(_pair_window(tokenizer, context, continuation))
