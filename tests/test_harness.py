@@ -46,7 +46,9 @@ def instance(kind: str, *arguments) -> Instance:
 
 
 def test_results_as_lm_eval_writes_them_and_resumed(llm, tasks, tmp_path, monkeypatch):
-    whole = run(llm, tasks, tmp_path / "whole")
+    beside: set[str] = set()
+    whole = run(llm, tasks, tmp_path / "whole", advance=lambda *_: beside.update(os.listdir(tmp_path / "whole")))
+    assert beside == {"answers.jsonl"}  # a kill leaves nothing else
     assert set(whole["results"]) == {"ktx_choices", "ktx_texts", "ktx_replies"}
     [results] = (tmp_path / "whole").rglob("results_*.json")
     assert json.loads(results.read_text())["results"].keys() == whole["results"].keys()

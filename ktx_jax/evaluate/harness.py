@@ -250,11 +250,11 @@ def run_tasks(
     if include_path is not None and not include_path.is_dir():
         raise KtxError(f"{include_path}: no such folder (--include-path names one with tasks of your own)")
     run = {"eval": model_identity(llm), "context": llm.plan.context}
-    with Journal(out / "answers.jsonl", run, resume=resume) as journal, tempfile.TemporaryDirectory(dir=out) as work:
+    with Journal(out / "answers.jsonl", run, resume=resume) as journal:
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
         if unknown := [task for task in tasks if not (manager.match_tasks([task]) or Path(task).exists())]:
             raise KtxError(f"lm-eval knows no task {', '.join(unknown)}; --include-path names a folder of your own")
-        tracker = EvaluationTracker(output_path=work)
+        tracker = EvaluationTracker(output_path=str(out))
         results: Any = cast(Any, simple_evaluate)(  # whose decorator hides its signature
             HarnessLM(llm, journal=journal, advance=advance),
             model_args={"pretrained": str(llm.path)},
@@ -266,16 +266,22 @@ def run_tasks(
             task_manager=manager,
             evaluation_tracker=tracker,
         )
-        samples = results.pop("samples")
+        _write(tracker, out, results, results.pop("samples"))
+    return results
+
+
+def _write(tracker: EvaluationTracker, out: Path, results: dict[str, Any], samples: dict[str, Any]) -> None:
+    """Writes what lm-eval writes, whole files only: a kill leaves none that is cut."""
+    with tempfile.TemporaryDirectory(dir=out) as work:
+        tracker.output_path = work
         tracker.save_results_aggregated(results=results, samples=samples)
         for task in results["configs"]:
             tracker.save_results_samples(task_name=task, samples=samples[task])
         _check_written(Path(work), samples)
-        for file in sorted(Path(work).rglob("*.json*")):  # whole files only: a kill leaves none that is cut
+        for file in sorted(Path(work).rglob("*.json*")):
             place = out / file.relative_to(work)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
-    return results
 
 
 def _check_written(folder: Path, samples: Mapping[str, Sequence[Any]]) -> None:
