@@ -82,9 +82,10 @@ def compare(a: LLM, b: LLM, text: str, window: int, journal: Journal, advance: A
     Raises:
       KtxError: the models' vocabularies differ, or the text is shorter than a window.
     """
-    if a.config.vocab_size != b.config.vocab_size or _ids(a, text) != _ids(b, text):
+    windows, of_b = (perplexity_windows(model.tokenizer, text, window, None) for model in (a, b))
+    same = all(np.array_equal(one.tokens, other.tokens) for one, other in zip(windows, of_b, strict=False))
+    if not same or len(windows) != len(of_b) or a.config.vocab_size != b.config.vocab_size:
         raise KtxError(f"{a.path.name} and {b.path.name} have different vocabularies: their tokens cannot be compared")
-    windows = perplexity_windows(a.tokenizer, text, window, None)
     advance = advance or (lambda done, total: None)
     left = [at for at in range(len(windows)) if str(at) not in journal]
     total = sum(one.length for one in windows)
@@ -97,10 +98,6 @@ def compare(a: LLM, b: LLM, text: str, window: int, journal: Journal, advance: A
         advance(done, total)
     rows = [np.asarray(journal[str(at)], np.float64) for at in range(len(windows))]
     return Distances(*np.concatenate(rows, axis=1))
-
-
-def _ids(llm: LLM, text: str) -> list[int]:
-    return llm.tokenizer.encode(text, parse_special=False)
 
 
 def window_distances(a: LLM, b: LLM, window: Window) -> Distances:
