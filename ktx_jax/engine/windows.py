@@ -129,8 +129,8 @@ def perplexity_windows(tokenizer: Tokenizer, text: Text, window: int, stride: in
 
     Without `stride`, as llama.cpp does and most figures of GGUF files are: windows side by side, the first token of
     each replaced by the beginning-of-text token, and the second half of each scored; a rest is left out. With `stride`,
-    as Hugging Face's guide does: a window begins `stride` tokens after the one before, and scores what that did not, save
-    its own first token where `stride` is the window: nothing comes before it.
+    as Hugging Face's guide does: a window begins `stride` tokens after the one before, and scores what that did not,
+    save its own first token where `stride` is the window: nothing comes before it.
 
     Raises:
       KtxError: the text is shorter than one window, or the numbers make no sense.
