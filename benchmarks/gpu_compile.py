@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 DUMP = Path(tempfile.mkdtemp(prefix="mosaic-"))
@@ -34,19 +35,26 @@ from ktx_jax.sharding.targets import load_target  # noqa: E402
 from pallas_kernels.formats import FORMATS  # noqa: E402
 from pallas_kernels.grouped_matmul import grouped_mlp  # noqa: E402
 from pallas_kernels.heuristics import SHARED_BYTES  # noqa: E402
+from pallas_kernels.latents import write_latents  # noqa: E402
 from pallas_kernels.mla_attention import mla_attention  # noqa: E402
+from pallas_kernels.parts import total_of  # noqa: E402
 from pallas_kernels.quantized_matmul import batched_matmul, quantized_matmul  # noqa: E402
+from pallas_kernels.rms_norm import add_rms_norm, rms_norm  # noqa: E402
+from pallas_kernels.router import choose_experts  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes that kernels see. `matrices`: name, N, K, types; `experts`: E, F, k and types of gate and down."""
+    """The sizes that kernels see. `matrices`: name, N, K, types; `experts`: E, F, k and types of gate and down;
+    `groups` of experts, and those kept; `norms`: widths, and how many parts the products in front of them come in."""
 
     name: str
     width: int
     heads: int
     matrices: tuple[tuple[str, int, int, tuple[str, ...]], ...]
     experts: tuple[int, int, int, tuple[tuple[str, str], ...]]
+    groups: tuple[int, int]
+    norms: tuple[tuple[int, int], ...]
 
 
 _K_TYPES = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q8_0")
@@ -67,6 +75,8 @@ MODELS = {
             ("head", 102400, 5120, ("Q6_K",)),
         ),
         (160, 1536, 6, (("Q4_K", "Q6_K"), ("Q4_K", "Q4_K"), ("IQ4_XS", "IQ4_XS"), ("Q5_K", "Q8_0"))),
+        (8, 3),
+        ((5120, 8), (1536, 10)),
     ),
     "lite": Model(
         "lite",
@@ -83,6 +93,8 @@ MODELS = {
             ("head", 102400, 2048, ("Q6_K",)),
         ),
         (64, 1408, 6, (("Q4_K", "Q5_0"), ("Q4_K", "Q8_0"))),
+        (1, 1),
+        ((2048, 4),),
     ),
 }
 
@@ -108,7 +120,7 @@ def cases(model: Model) -> Iterator[Case]:
     """Every kernel at a model's shapes."""
     for what, n, k, types in model.matrices:
         for name in types:
-            for rows in (1, 16, 64, 512):
+            for rows in (1, 12, 16, 64, 512):
                 if what == "head" and rows == 512:
                     continue
                 call = partial(quantized_matmul, name=name, dtype=jnp.float32 if what == "head" else jnp.bfloat16)
@@ -143,6 +155,48 @@ def cases(model: Model) -> Iterator[Case]:
         )
         name = f"{model.name} attention, {tokens} tokens by {tile}, {positions} cached in pages of {page}"
         yield Case(name, partial(mla_attention, scale=0.1, tile=tile), operands)
+
+
+def row_cases(model: Model) -> Iterator[Case]:
+    """The kernels whose blocks have a row each."""
+    experts, _, chosen, _ = model.experts
+    groups, kept = model.groups
+    for rows in (1, 16, 512):
+        for normalized in (False, True):
+            choose = partial(
+                choose_experts, experts=chosen, groups=groups, kept_groups=kept, normalized=normalized, scale=16.0
+            )
+            operands = (_array((rows, experts), jnp.float32), _array((rows,), jnp.bool_))
+            yield Case(f"{model.name} router, {rows} rows, normalized {normalized}", choose, operands)
+        for width, splits in model.norms:
+            x, weight = _array((rows, width)), _array((width,), jnp.float32)
+            yield Case(f"{model.name} norm of {width}, {rows} rows", partial(rms_norm, eps=1e-6), (x, weight))
+            summands = _array((splits, rows, width), jnp.float32)
+            yield Case(
+                f"{model.name} norm of {width} in {splits} parts, {rows} rows", norm_of_parts, (x, summands, weight)
+            )
+        turn = _array((rows, 32), jnp.float32)
+        operands = (
+            _array((64, 64, 576), jnp.uint16),
+            _array((model.norms[-1][1], rows, 576), jnp.float32),
+            _array((512,), jnp.float32),
+            turn,
+            turn,
+            _array((rows,), jnp.int32),
+        )
+        yield Case(f"{model.name} latents, {rows} rows", latents_of_parts, operands)
+
+
+def norm_of_parts(x: jax.Array, summands: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return add_rms_norm(x, total_of(summands), weight, 1e-6)
+
+
+def latents_of_parts(pages: jax.Array, summands: jax.Array, weight: jax.Array, *rest: jax.Array) -> jax.Array:
+    return write_latents(pages, total_of(summands), weight, 1e-6, *rest)
+
+
+# Of ptxas; that it serializes wgmma, or ignores setmaxnreg, it says as "info".
+_WARNINGS = "[Ww]arning|Potential|wgmma|setmaxnreg"
 
 
 @dataclass(frozen=True)
@@ -182,7 +236,7 @@ class Compiler:
             tuple(int(n) for text in ptxas for n in re.findall(r"Used (\d+) registers", text)),
             sum(int(n) for text in ptxas for n in re.findall(r"(\d+) bytes spill", text)),
             tuple(int(re.findall(r"dynamic_shared_memory_size %c(\d+)", text)[0]) for text in passes),
-            tuple(line.strip() for text in ptxas for line in text.splitlines() if "arning" in line or "wgmma" in line),
+            tuple(line.strip() for text in ptxas for line in text.splitlines() if re.search(_WARNINGS, line)),
             memory.temp_size_in_bytes,
             time.perf_counter() - begun,
         )
@@ -197,7 +251,7 @@ def main() -> None:
     compiler, results = Compiler(), []
     print(f"jax {jax.__version__}; of {SHARED_BYTES:,} bytes of shared memory a block; kernels in order")
     for model in options.models:
-        for case in cases(MODELS[model]):
+        for case in chain(cases(MODELS[model]), row_cases(MODELS[model])):
             if all(word in case.name for word in options.only):
                 done = compiler.compile(case)
                 results.append(done)

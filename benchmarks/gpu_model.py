@@ -68,7 +68,11 @@ def random_bits(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
 
 
 def with_scales(records: jax.Array, name: str, d: jax.Array | float) -> jax.Array:
-    """Records with d in all scales, and minima that make the mean of a group of equal quants zero."""
+    """Records with d in all scales, and minima that make the mean of a group of equal quants zero.
+
+    An array d, `[..., 64, 2 or 1]`, holds for each row of each record a value for each of its scales, or only one where
+    the second is that of the minima.
+    """
     fmt = FORMATS[name]
     if name == "BF16":
         return records
@@ -94,7 +98,11 @@ def random_weight(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Arra
     if name == "BF16":
         bits = jax.random.normal(key, (*FORMATS[name].record_shape(shape), 2), jnp.bfloat16) * jnp.bfloat16(std)
         return jax.lax.bitcast_convert_type(bits, jnp.int32)
-    return with_scales(random_bits(key, name, shape), name, std / _unit(name))
+    records = random_bits(key, name, shape)
+    # No two alike, so that one taken for another is seen.
+    uneven = (*records.shape[:-2], 64, 1 if FORMATS[name].minima else 2)
+    factors = jax.random.uniform(jax.random.fold_in(key, 1), uneven, minval=0.5, maxval=1.5)
+    return with_scales(records, name, factors * (std / _unit(name)))
 
 
 def _filled(key: jax.Array, value: Any) -> Any:

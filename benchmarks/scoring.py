@@ -27,6 +27,8 @@ from ktx_jax import LLM, SamplingParams
 from ktx_jax.engine.branches import Window
 from ktx_jax.tokenizer import Tokenizer
 
+_TOKENS_A_WORD = 12  # more than most have, though six where a file has no real vocabulary
+
 
 def sequences(llm: LLM, count: int, length: int, seed: int) -> np.ndarray:
     """Random token ids, [count, length], new to the prefix cache for each seed; speed does not depend on them."""
@@ -70,21 +72,20 @@ def against_llama(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from parts import harness
 
     found: dict[str, harness.Answers] = {}
+    context = _TOKENS_A_WORD * (options.length // 2 + harness.WORDS)
     tokenizer = Tokenizer.from_gguf(options.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        harness.write_task(folder, "warm", 2, options.length // 2)
+        harness.write_task(folder, "warm", 1, options.length // 2)
         harness.write_task(folder, "choices", options.questions, options.length // 2)
         for how, repack in {"llama.cpp, repacked": True, "llama.cpp, not repacked": False}.items():
             log = folder / "server.log"
-            with harness.llama_server(
-                options.peers, options.model, context=4 * options.length, repack=repack, log=log
-            ) as url:
-                peer = harness.Peer(tokenizer, url, 4 * options.length)
+            with harness.llama_server(options.peers, options.model, context=context, repack=repack, log=log) as url:
+                peer = harness.Peer(tokenizer, url, context)
                 harness.evaluate(peer, folder, "warm")
                 found[how] = harness.evaluate(peer, folder, "choices")
-        llm = load(options, 4 * options.length)
-        for task in ("warm", "choices"):  # the first compiles for two questions only: so once more
+        llm = load(options, context)
+        for task in ("warm", "choices"):  # the first compiles for one question only: so once more
             harness.evaluate(harness.ours(llm), folder, task)
         found["ktx-jax"] = harness.evaluate(harness.ours(llm), folder, "choices")
     ours = found["ktx-jax"]
@@ -109,7 +110,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32")
     parser.add_argument("--batch", type=int, default=8, help="sequences that run at once")
     parser.add_argument("--count", type=int, default=16, help="texts")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument(
+        "--length", type=int, default=256, help="tokens of each; with --peers, twice the words of a context"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="how often the three take turns")
     parser.add_argument("--no-repack", action="store_true", help="read the mapped file as it is")
     parser.add_argument("--peers", metavar="PYTHON", help="compare with llama-cpp-python's server, by this interpreter")

@@ -75,8 +75,8 @@ balanced.defvjp(_balanced_forward, _balanced_backward)
 class BalancedRouter(Router):
     """The model's router, which training keeps from favouring a few experts."""
 
-    def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        return balanced(super().scores(x))
+    def scores(self, logits: Float[Array, "T E"]) -> Float[Array, "T E"]:
+        return balanced(super().scores(logits))
 
 
 def initial_params(state: Any, seed: int) -> Params:

@@ -6,13 +6,12 @@ import numbers
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import ktx_ffi
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -25,32 +24,28 @@ from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.hosts import FollowingSteps, fingerprint, make_steps
 from ktx_jax.engine.reply import Chunk, follow
 from ktx_jax.engine.requests import FinishReason, Request, SamplingParams, TokenLogprob
-from ktx_jax.engine.scheduler import Limits
 from ktx_jax.engine.scoring import Score
 from ktx_jax.engine.stage import Dtypes
 from ktx_jax.engine.windows import Perplexity, pair_windows, perplexity_windows, rolling_windows, token_ids
 from ktx_jax.errors import KtxError
+from ktx_jax.execution import choose_implementations, dtype_of, limits_of, set_cpu_threads, use_compilation_cache
 from ktx_jax.gguf.architecture import check_architecture
 from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.model.capture import check_seen, fnmatch_all, tap, tracing
 from ktx_jax.model.config import Config, config_from_gguf
 from ktx_jax.model.modules import causal_logits
 from ktx_jax.sharding.auto import Sizes
-from ktx_jax.sharding.gpu_kernels import PALLAS, why_not_in, why_not_on
-from ktx_jax.sharding.load import Implementations, Progress, load_model, op_of
+from ktx_jax.sharding.load import Implementations, Progress, load_model
 from ktx_jax.sharding.mesh import bind
-from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.rules import Rules
-from ktx_jax.sharding.run import capability, plan_run
+from ktx_jax.sharding.run import plan_run
 from ktx_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("ktx_jax")
 
 Prompt: TypeAlias = str | Sequence[int]
 
-IMPLEMENTATIONS = ("xla", "pallas", "ffi")
 DEFAULT_CONTEXT = 4096
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -133,15 +128,15 @@ class LLM:
         progress: Progress | None = None,
     ):
         begun = time.perf_counter()
-        self.dtype = _dtype(dtype)
+        self.dtype = dtype_of(dtype)
         if cpu_threads is not None:
-            _set_cpu_threads(cpu_threads)
+            set_cpu_threads(cpu_threads)
         devices = list(jax.devices() if devices is None else devices)
         if not devices:
             raise KtxError("devices should be a list of at least one device")
         use_compilation_cache()
         with meeting() as link, open_gguf(path) as gguf:
-            implementations = _implementations(implementation, devices, dtype)
+            implementations = choose_implementations(implementation, devices, dtype)
             self.implementation = implementations.devices
             check_architecture(gguf)
             self.path = Path(path)
@@ -149,7 +144,7 @@ class LLM:
             longest = self.config.max_position_embeddings
             wanted = Sizes(min(DEFAULT_CONTEXT, longest) if context is None else context, batch, dtype)
             self.plan = plan_run(gguf, self.config, rules, devices, wanted, implementation=implementations.devices)
-            limits = _limits(self.plan, implementations, cache_tokens)
+            limits = limits_of(self.plan, implementations, cache_tokens)
             self.tokenizer = Tokenizer.from_gguf(gguf)
             self.chat_template: str | None = chat_template or gguf.metadata.get("tokenizer.chat_template")
             self._devices = devices
@@ -370,85 +365,8 @@ def _completion(request: Request, chunks: Sequence[Chunk]) -> Completion:
     )
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache directory between runs, unless JAX is already told where."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "ktx-jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | bytes):
         return [prompts]
     whole: list[Any] = list(prompts)
     return [whole] if whole and isinstance(whole[0], numbers.Integral) else whole
-
-
-def _dtype(name: str) -> Any:
-    if name not in _DTYPES:
-        raise KtxError(f"dtype should be one of {', '.join(_DTYPES)}; found {name!r}")
-    return _DTYPES[name]
-
-
-def _implementations(name: str | None, devices: Sequence[jax.Device], dtype: str) -> Implementations:
-    """What computes on the devices, and on the host beside them."""
-    if name is not None and name not in IMPLEMENTATIONS:
-        raise KtxError(f"implementation should be one of {', '.join(IMPLEMENTATIONS)}; found {name!r}")
-    if devices[0].platform != "cpu":
-        return Implementations(_on_gpus(name, devices, dtype), _on_host())
-    if name == "pallas":
-        raise KtxError(f"implementation 'pallas' computes on GPUs; the device is {devices[0]}")
-    if name == "xla":
-        return Implementations("xla", "xla")
-    if name == "ffi" and not ktx_ffi.available():
-        raise KtxError(f"implementation 'ffi' cannot run: {ktx_ffi.why_unavailable()}")
-    return Implementations(*[_on_host()] * 2)
-
-
-def _on_gpus(name: str | None, devices: Sequence[jax.Device], dtype: str) -> str:
-    if name == "ffi":
-        raise KtxError(f"implementation 'ffi' computes on CPUs; the device is {devices[0]}")
-    if name == "xla":
-        return name
-    obstacle = why_not_on(capability(devices)) or why_not_in(dtype)
-    if obstacle is None:
-        return PALLAS
-    if name is not None:
-        raise KtxError(f"implementation 'pallas' cannot run: {obstacle}")
-    log.warning("XLA computes: %s", obstacle)
-    return "xla"
-
-
-def _on_host() -> str:
-    if ktx_ffi.available():
-        return "ffi"
-    log.warning("the CPU kernels cannot run, XLA computes in their place: %s", ktx_ffi.why_unavailable())
-    return "xla"
-
-
-def _set_cpu_threads(count: int) -> None:
-    if count < 1:
-        raise KtxError(f"cpu_threads should be at least 1; found {count}")
-    os.environ["NPROC"] = str(count)  # read by XLA when it makes its thread pool
-    if ktx_ffi.available():
-        ktx_ffi.set_threads(count)
-
-
-def _limits(plan: Plan, implementations: Implementations, cache_tokens: int | None) -> Limits:
-    if cache_tokens is not None and cache_tokens < plan.context:
-        raise KtxError(f"cache_tokens should be at least the context of {plan.context}; found {cache_tokens}")
-    shards = plan.stages[0].data(plan.mesh)
-    batch = -(-plan.batch // shards)
-    prefill = {op_of(p, implementations, decode=False) for p in plan.parameters if p.path.endswith("self_attn.o_proj")}
-    stream = plan.prefill_threshold
-    # The CPU kernels compute every padded row, and take sequences of any length side by side.
-    tile, growth = (1, 2) if prefill == {"ffi"} else (16, 4)
-    limits = Limits(
-        plan.context, batch, chunk=plan.chunk, tile=tile, growth=growth,
-        stream_above=stream, shards=shards,
-    )  # fmt: skip
-    if cache_tokens is None:
-        return limits
-    pool = max(limits.pages_per_sequence, -(-cache_tokens // (shards * limits.page)))
-    return replace(limits, pool=min(pool, limits.pages))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float32, Int32
+from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels import mosaic
 from pallas_kernels.formats import ROWS, TILE, Format, format_of
@@ -52,77 +52,94 @@ def _batches(units: list, size: int) -> list[list]:
 
 
 def decode_products(
-    x: BFloat16[Array, "tiles M K"],
+    x: BFloat16[Array, "G R columns"],
     weights: Sequence[Int32[Array, "E n k rows 64"]],
     expert: Int32[Array, " tiles"] | None,
     name: str,
     how: DecodeTiles,
     *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
-) -> tuple[Float32[Array, "tiles N M"], ...]:
-    """x · wᵀ for each weight, tile by tile, where tile i meets the matrix `expert[i]` of each; None for matrix i.
+) -> tuple[Float[Array, "splits groups R N"], ...]:
+    """x · wᵀ for each weight, as float32 parts to be summed over ranges of K; of one range, as values of `dtype`.
 
-    Tiles whose expert is not one of the E are skipped; what is returned for them is meaningless.
+    Of rows of more columns than the weights have, the first K are meant.
+    Each group of R rows is cut in tiles of `how.rows`. Tile i meets the matrix `expert[i]` of each weight; None for the
+    matrix of its group's number. Where there is one group of one tile, it meets all of `expert`, and there is a result
+    for each. Tiles whose expert is not one of the E are skipped; what is returned for them is meaningless.
 
     Args:
-      x: tiles of M rows, 8 or 16.
       weights: records of type `name` (`pallas_kernels.formats`), all of one shape.
-      how: columns a step and ranges of K (`pallas_kernels.heuristics.decode_tiles`).
+      how: rows of a tile, columns a step and ranges of K (`pallas_kernels.heuristics.decode_tiles`).
     """
     fmt = format_of(name)
-    tiles, m, k = x.shape
+    groups, live, _ = x.shape
+    *_, k = fmt.weight_shape(weights[0].shape)
+    m = how.rows
+    each = -(-live // m)  # tiles of a group
+    tiles = groups * each if expert is None else expert.shape[0]
     experts, blocks = weights[0].shape[:2]
     steps = k // how.splits // how.step
     records = how.step // fmt.depth
-    groups = k // fmt.group
     shape = (ROWS, m)
-    out_shape = jax.ShapeDtypeStruct((how.splits, tiles, blocks, *shape), jnp.float32)
+    dtype = dtype if how.splits == 1 else jnp.float32
     units = [(w, r, t) for r in range(records) for t in range(fmt.tiles) for w in range(len(weights))]
-    at_once = max(_SUM_REGISTERS // (len(weights) * fmt.groups * m // 2), 1)
+    a_tile = (len(weights) + fmt.minima) * fmt.groups * m // 2  # registers for sums
+    at_once = max(_SUM_REGISTERS // len(weights) // a_tile, 1) * len(weights)
+    # A copy fills up a tile that reaches beyond its group with zeros, and leaves out its results: few rows need not be
+    # padded. More than 8 come in eights; the interpreter has no such copies.
+    rows = each * m if interpret else live if live <= 8 else -(-live // 8) * 8
+    if rows > live:
+        x = jnp.pad(x, ((0, 0), (0, rows - live), (0, 0)))
+    if x.shape[2] % TILE:
+        x = x[..., :k]
 
-    def add_scaled(totals: list, batch: list, x_s: Ref, sums_s: Ref | None, records_s: Sequence) -> None:
-        pairs = []
+    def add_scaled(totals: list, batch: list, x_s: Ref, records_s: Sequence, ones_s: Ref | None) -> None:
+        pairs, summed = [], {}
         for w, r, t in batch:
             values = tile_values(_tile_planes(records_s[w].at[0, r], fmt, t, interpret), fmt, interpret)
             for g in range(fmt.groups):
-                column = (r * fmt.tiles + t) * TILE + g * fmt.group
-                part = values[:, g * fmt.group : (g + 1) * fmt.group]
-                pairs.append((part, x_s.at[:, pl.ds(column, fmt.group)]))
+                x_part = x_s.at[:, pl.ds((r * fmt.tiles + t) * TILE + g * fmt.group, fmt.group)]
+                pairs.append((values[:, g * fmt.group : (g + 1) * fmt.group], x_part))
+                if fmt.minima and (r, t, g) not in summed:
+                    summed[r, t, g] = x_part
+        # The sum of a group of x is a product with ones: it comes out where it is wanted.
+        pairs += [(ones_s, x_part) for x_part in summed.values()]
         sums = iter(mosaic.products(pairs, m, interpret))
-        for w, r, t in batch:
-            for g, (scale, minimum) in enumerate(_record_scales(records_s[w].at[0, r], fmt, t, interpret)):
-                product = next(sums)
+        products = [[next(sums) for _ in range(fmt.groups)] for _ in batch]
+        x_sums = dict(zip(summed, sums, strict=True))
+        for (w, r, t), of_unit in zip(batch, products, strict=True):
+            scales = _record_scales(records_s[w].at[0, r], fmt, t, interpret)
+            for g, (product, (scale, minimum)) in enumerate(zip(of_unit, scales, strict=True)):
                 if scale is not None:
                     product = product * mosaic.along_rows(scale, shape)
                 totals[w] = totals[w] + product
-                if minimum is not None and sums_s is not None:
-                    x_sum = mosaic.load(sums_s.at[(r * fmt.tiles + t) * fmt.groups + g], mosaic.BY_COLUMN, interpret)
-                    x_sum = mosaic.along_columns(x_sum, shape, interpret)
-                    totals[w] = totals[w] - mosaic.along_rows(minimum, shape) * x_sum
+                if minimum is not None:
+                    totals[w] = totals[w] - mosaic.along_rows(minimum, shape) * x_sums[r, t, g]
 
-    def body(*refs: Ref) -> None:
-        x_g, *rest = refs
-        sums_g = [rest.pop(0)] if fmt.minima else []
-        records_g, rest = rest[: len(weights)], rest[len(weights) :]
+    def body(x_g: Ref, *refs: Ref) -> None:
+        records_g, rest = refs[: len(weights)], list(refs[len(weights) :])
         expert_g = None if expert is None else rest.pop(0)
+        ones_s = rest.pop() if fmt.minima else None
         outs_g, staging = rest[:-1], rest[-1]
         tile, block, split = (lax.axis_index(name) for name in ("tile", "block", "split"))
         first = split * steps
+        group, part = lax.div(tile, each), lax.rem(tile, each)  # not numbers: tiles may reach out of bounds
 
         def step(_: Any, x_s: Ref, *buffers: Any) -> tuple[jax.Array, ...]:
-            *refs_s, totals = buffers
+            *records_s, totals = buffers
             totals = list(totals)
-            sums_s = refs_s[0] if fmt.minima else None
             for batch in _batches(units, at_once):
-                add_scaled(totals, batch, x_s, sums_s, refs_s[-len(weights) :])
+                add_scaled(totals, batch, x_s, records_s, ones_s)
             mosaic.warpgroup_barrier(interpret)
             return tuple(totals)
 
         def run(matrix: jax.Array | int) -> None:
+            if ones_s is not None:
+                ones_s[...] = mosaic.ones((ROWS, fmt.group), interpret)
+                plgpu.commit_smem()
             spec = plgpu.BlockSpec
-            in_specs = [spec((m, how.step), lambda i: (0, first + i), transforms=mosaic.tiling(fmt.group))]
-            if fmt.minima:
-                in_specs.append(spec((how.step // fmt.group, m), lambda i: (first + i, 0)))
+            in_specs = [spec((m, how.step), lambda i: (part, first + i), transforms=mosaic.tiling(fmt.group))]
             for _ in weights:
                 in_specs.append(spec((1, records, fmt.rows, 64), lambda i: (block, first + i, 0, 0)))
             pipeline = plgpu.emit_pipeline(
@@ -132,32 +149,31 @@ def decode_products(
                 max_concurrent_steps=how.stages,
                 init_carry=tuple(mosaic.zeros(shape, interpret) for _ in weights),
             )
-            totals = pipeline(x_g.at[tile], *(s.at[tile] for s in sums_g), *(r.at[matrix] for r in records_g))
+            totals = pipeline(x_g.at[0 if groups == 1 else group], *(r.at[matrix] for r in records_g))
             for total, out_g in zip(totals, outs_g, strict=True):
-                staging[...] = total
+                mosaic.store_transposed(staging, total.astype(dtype), interpret)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staging, out_g.at[split, tile, block])
+                place = out_g.at[split, group, pl.ds(part * m, m), pl.ds(block * ROWS, ROWS)]
+                plgpu.copy_smem_to_gmem(staging, place)
                 plgpu.wait_smem_to_gmem(0)
 
         if expert_g is None:
-            run(tile)
+            run(group)
         elif experts == 1 and tiles == 1:
             run(0)
         else:
             matrix = expert_g[tile]
             pl.when((matrix >= 0) & (matrix < experts))(lambda: run(matrix))
 
-    operands = [x]
-    if fmt.minima:
-        sums = x.astype(jnp.float32).reshape(tiles, m, groups, fmt.group).sum(-1)
-        operands.append(sums.transpose(0, 2, 1))
+    out_shape = (how.splits, tiles // each, rows, blocks * ROWS)
     call = mosaic.kernel(
         body,
         interpret=interpret,
-        out_type=[out_shape] * len(weights),
+        out_type=[jax.ShapeDtypeStruct(out_shape, dtype)] * len(weights),
         grid=(tiles, blocks, how.splits),
         grid_names=("tile", "block", "split"),
-        scratch_types=[plgpu.SMEM(shape, jnp.float32)],
+        scratch_types=[plgpu.SMEM((m, ROWS), dtype, transforms=mosaic.staging(dtype))]
+        + [plgpu.SMEM((ROWS, fmt.group), jnp.bfloat16, transforms=mosaic.tiling(fmt.group))] * fmt.minima,
     )
-    parts = call(*operands, *weights, *([] if expert is None else [expert]))
-    return tuple(part.sum(0).reshape(tiles, blocks * ROWS, m) for part in parts)
+    parts = call(x, *weights, *([] if expert is None else [expert]))
+    return tuple(part[:, :, :live] for part in parts)

@@ -7,7 +7,7 @@ from jaxtyping import Array, BFloat16, Float, Int, Int32
 
 from pallas_kernels.decode_matmul import decode_products
 from pallas_kernels.formats import format_of
-from pallas_kernels.groups import group_pairs, pairs_of_one_token
+from pallas_kernels.groups import group_pairs
 from pallas_kernels.heuristics import DECODE_ROWS, decode_rows, decode_tiles, group_rows, prefill_rows
 from pallas_kernels.prefill_matmul import prefill_products
 from pallas_kernels.quantized_matmul import row_tiles
@@ -66,28 +66,29 @@ def gated_matmul(
         raise NotImplementedError(f"gated_matmul takes bfloat16 rows, not {x.dtype}")
     if x.shape[1] != d or up.shape != gate.shape:
         raise ValueError(f"rows {x.shape} and up {fmt.weight_shape(up.shape)} do not go with gate {(width, d)}")
-    rows = decode_rows(tokens) if tokens <= DECODE_ROWS else prefill_rows(tokens, 2)
-    tiles = row_tiles(x, rows)
-    pair, matrix = (gate[None], up[None]), jnp.zeros(tiles.shape[0], jnp.int32)
-    hidden = _gated(tiles, pair, matrix, name, interpret)
+    few = tokens <= DECODE_ROWS
+    rows = decode_rows(tokens) if few else prefill_rows(tokens, 2)
+    tiles = x[None] if few else row_tiles(x, rows)
+    pair, matrix = (gate[None], up[None]), jnp.zeros(-(-tokens // rows), jnp.int32)
+    hidden = _gated(tiles, pair, matrix, name, rows, interpret)
     return hidden.reshape(-1, width)[:tokens]
 
 
 def _gated(
-    x: BFloat16[Array, "tiles M D"],
+    x: BFloat16[Array, "groups R D"],
     pair: tuple[Int32[Array, "E f d rows 64"], Int32[Array, "E f d rows 64"]],
     expert: Int32[Array, " tiles"],
     name: str,
+    rows: int,
     interpret: bool,
-) -> BFloat16[Array, "tiles M F"]:
-    """silu(gate x) * (up x), tile by tile."""
-    tiles, rows, d = x.shape
+) -> BFloat16[Array, "tiles R F"]:
+    """silu(gate x) * (up x), in tiles of `rows` rows."""
     if rows > DECODE_ROWS:
         return prefill_products(x, pair, expert, name, interpret=interpret)
     fmt = format_of(name)
-    how = decode_tiles(fmt, rows, tiles, fmt.weight_shape(pair[0].shape)[1], d, 2)
-    gate_x, up_x = decode_products(x, pair, expert, name, how, interpret=interpret)
-    return (_silu(gate_x) * up_x).astype(jnp.bfloat16).transpose(0, 2, 1)
+    how = decode_tiles(fmt, rows, expert.shape[0], fmt.weight_shape(pair[0].shape)[1], x.shape[2], 2)
+    gate_x, up_x = (part.sum(0) for part in decode_products(x, pair, expert, name, how, interpret=interpret))
+    return (_silu(gate_x) * up_x).astype(jnp.bfloat16)
 
 
 def grouped_mlp(
@@ -131,16 +132,20 @@ def grouped_mlp(
         if tuple(got) != want:
             raise ValueError(f"{what} has shape {tuple(got)}; beside gate {(experts, width, d)} it must have {want}")
     rows = group_rows(tokens * k, experts)
-    groups = (pairs_of_one_token if tokens == 1 else group_pairs)(ids.reshape(-1), experts, rows)
-    # A row without a pair reads the last token: nothing will read what it gives.
-    x_rows = x[jnp.minimum(groups.pair // k, tokens - 1)].reshape(-1, rows, d)
-    tiles = x_rows.shape[0]
-    hidden = _among(_gated(x_rows, (gate, up), groups.expert, names[0], interpret), inputs, offset)
-    if rows <= DECODE_ROWS:
-        how = decode_tiles(down_fmt, rows, tiles, d, inputs, 1)
-        (out,) = decode_products(hidden, (down,), groups.expert, names[1], how, interpret=interpret)
-        out = out.transpose(0, 2, 1)
+    ids = ids.reshape(-1)
+    if tokens == 1:  # its experts differ: each has a tile, which meets the one row there is
+        expert, x_rows = ids, x[None]
+        place = jnp.where((ids >= 0) & (ids < experts), jnp.arange(k), k)
     else:
-        out = prefill_products(hidden, (down,), groups.expert, names[1], interpret=interpret)
-    by_pair = out.reshape(-1, d).at[groups.place].get(mode="fill", fill_value=0).reshape(tokens, k, d)
+        expert, pair, place = group_pairs(ids, experts, rows)
+        # A row without a pair reads the last token: nothing will read what it gives.
+        x_rows = x[jnp.minimum(pair // k, tokens - 1)].reshape(-1, rows, d)
+    hidden = _among(_gated(x_rows, (gate, up), expert, names[0], rows, interpret), inputs, offset)
+    if rows <= DECODE_ROWS:
+        how = decode_tiles(down_fmt, rows, hidden.shape[0], d, inputs, 1)
+        (parts,) = decode_products(hidden, (down,), expert, names[1], how, interpret=interpret)
+        out = parts.sum(0)
+    else:
+        out = prefill_products(hidden, (down,), expert, names[1], interpret=interpret)
+    by_pair = out.reshape(-1, d).at[place].get(mode="fill", fill_value=0).reshape(tokens, k, d)
     return jnp.einsum("tk,tkd->td", weights.astype(jnp.float32), by_pair.astype(jnp.float32), precision="highest")

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int
 
 # Up to as many pairs, comparing each with each beats sorting them: on a GPU, a sort is a kernel for each of its passes.
@@ -29,17 +28,6 @@ class Groups(NamedTuple):
 def tile_count(pairs: int, experts: int, rows: int) -> int:
     """The most tiles that so many pairs can fill or begin."""
     return min(pairs, experts + pairs // rows)
-
-
-def pairs_of_one_token(ids: Int[Array, " pairs"], experts: int, rows: int) -> Groups:
-    """Each pair in a tile of its own: a token's experts differ, and to find that out takes kernels of its own."""
-    pairs = ids.shape[0]
-    there = (ids >= 0) & (ids < experts)
-    first = np.arange(pairs, dtype=np.int32)
-    pair = np.full((pairs, rows), pairs, np.int32)
-    pair[:, 0] = first
-    place = jnp.where(there, first * rows, pairs * rows)
-    return Groups(jnp.where(there, ids, experts).astype(jnp.int32), jnp.asarray(pair.reshape(-1)), place)
 
 
 def group_pairs(ids: Int[Array, " pairs"], experts: int, rows: int) -> Groups:

@@ -11,6 +11,12 @@ MULTIPROCESSORS = 132
 SHARED_BYTES = 232_448
 """Shared memory that one block may have on Hopper."""
 
+THREADS = 128
+"""Of a warpgroup: a row that is spread over one is a multiple of it."""
+
+MOST_EXPERTS = 256
+"""Among which the router's kernel chooses: what one copy takes."""
+
 # Blocks of one warpgroup that should share a multiprocessor in decode, and the shared memory each then has.
 _BLOCKS_EACH = 4
 _BLOCK_BYTES = 56 * 1024 - 256
@@ -43,11 +49,13 @@ class DecodeTiles(NamedTuple):
     """How `decode_matmul` cuts K.
 
     Attributes:
+      rows: of a tile, 8 or 16.
       step: columns a pipeline step reads.
       splits: ranges of K that blocks of their own sum.
       stages: steps in flight.
     """
 
+    rows: int
     step: int
     splits: int
     stages: int
@@ -56,8 +64,9 @@ class DecodeTiles(NamedTuple):
 def decode_tiles(fmt: Format, rows: int, tiles: int, n: int, k: int, weights: int) -> DecodeTiles:
     """For `tiles` tiles of `rows` rows against `[n, k]` matrices, `weights` of them a block.
 
-    K is split until four blocks share each multiprocessor, while a range has two steps at least. How it is split does
-    not depend on `rows`.
+    K is split until four blocks share each multiprocessor, while a range has two steps at least; and not at all where
+    two do so anyway, as to add up the parts takes another kernel. How it is split does not depend on `rows`,
+    but on `tiles`.
     """
     step = next(s for s in (256, 192, 128, TILE) if k % s == 0 and s % fmt.depth == 0)
     steps = k // step
@@ -65,9 +74,12 @@ def decode_tiles(fmt: Format, rows: int, tiles: int, n: int, k: int, weights: in
     blocks = n // ROWS * tiles
     choices = [s for s in range(1, steps // 2 + 1) if steps % s == 0] or [1]
     splits = next((s for s in choices if s * blocks >= wanted), choices[-1])
-    stage = weights * step // fmt.depth * fmt.bytes + rows * step * 2 + step // fmt.group * rows * 4
-    stages = max(2, min(4, (_BLOCK_BYTES - ROWS * rows * 4) // stage, steps // splits))
-    return DecodeTiles(step, splits, stages)
+    if blocks >= 2 * MULTIPROCESSORS:
+        splits = 1
+    stage = weights * step // fmt.depth * fmt.bytes + rows * step * 2
+    beside = ROWS * rows * 4 + fmt.minima * ROWS * fmt.group * 2
+    stages = max(2, min(4, (_BLOCK_BYTES - beside) // stage, steps // splits))
+    return DecodeTiles(rows, step, splits, stages)
 
 
 def prefill_stages(fmt: Format, rows: int, weights: int) -> int:

@@ -4,9 +4,10 @@
 One flash kernel for decode and for chunks of prompts. A block takes 64 rows, pairs of a token and a head, of one
 sequence, and a range of its cached positions. Copies of pages go to shared memory, 64 positions at a time; all rows
 share them. Of two computing warpgroups each scores half of the positions (latent and rotated key: 512 + 64 columns) and
-sums half of the columns. Ranges are merged afterwards.
+sums half of the columns. A second kernel merges the ranges.
 """
 
+import functools
 import math
 
 import jax
@@ -65,10 +66,11 @@ def mla_attention(
     scale: float,
     tile: int = 1,
     interpret: bool = False,
-) -> Float32[Array, "T H R"]:
-    """Attention of each token to rows 0..position of its own sequence: the weighted sums of latents, float32.
+) -> BFloat16[Array, "T H R"]:
+    """Attention of each token to rows 0..position of its own sequence: the weighted sums of latents.
 
-    Products take bfloat16 operands (the weights of the sum included); scores, softmax and sums are float32.
+    Products take bfloat16 operands (the weights of the sum included); scores, softmax and sums are float32, and the
+    result is rounded.
 
     Args:
       q_latent: queries against the latent (absorbed through k_b); q_rope: rotated queries.
@@ -119,11 +121,39 @@ def mla_attention(
         splits=splits,
         interpret=interpret,
     )
-    top = tops.max(axis=0)
-    share = jnp.exp2(tops - top)
-    total = jnp.sum(totals.sum(axis=2) * share, axis=0)
-    out = jnp.sum(sums * share[..., None], axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
-    return out.reshape(runs, blocks_each * _ROWS, _RANK)[:, :run_rows].reshape(tokens, heads, _RANK)
+    return _merged(sums, tops, totals, runs, run_rows, interpret).reshape(tokens, heads, _RANK)
+
+
+def _merged(
+    sums: Float32[Array, "splits blocks 64 512"],
+    tops: Float32[Array, "splits blocks 2 64"],
+    totals: Float32[Array, "splits blocks 2 64"],
+    runs: int,
+    run_rows: int,
+    interpret: bool,
+) -> BFloat16[Array, "rows 512"]:
+    """The ranges' results as one, for the `run_rows` rows of each run; a block is a warpgroup with one row."""
+    splits, blocks = sums.shape[:2]
+    layout = mosaic.spread(_RANK)
+
+    def body(sums_g: Ref, tops_g: Ref, totals_g: Ref, out_g: Ref) -> None:
+        run, row = lax.axis_index("run"), lax.axis_index("row")
+        block, at = run * (blocks // runs) + lax.div(row, _ROWS), lax.rem(row, _ROWS)
+        ranges = range(splits)
+        top = functools.reduce(jnp.maximum, [tops_g[split, block, 0, at] for split in ranges])
+        shares = [jnp.exp2(tops_g[split, block, 0, at] - top) for split in ranges]
+        total = sum((totals_g[s, block, 0, at] + totals_g[s, block, 1, at]) * shares[s] for s in ranges)
+        out = sum(mosaic.load(sums_g.at[s, block, at], layout, interpret) * shares[s] for s in ranges)
+        out_g[run * run_rows + row] = (out / jnp.where(total > 0.0, total, 1.0)).astype(jnp.bfloat16)
+
+    return mosaic.kernel(
+        body,
+        interpret=interpret,
+        out_type=jax.ShapeDtypeStruct((runs * run_rows, _RANK), jnp.bfloat16),
+        grid=(runs, run_rows),
+        grid_names=("run", "row"),
+        scratch_types=[],
+    )(sums, tops, totals)
 
 
 def _ranges(
@@ -138,10 +168,10 @@ def _ranges(
     splits: int,
     interpret: bool,
 ) -> tuple[
-    Float32[Array, "splits blocks 64 512"], Float32[Array, "splits blocks 64"], Float32[Array, "splits blocks 2 64"]
+    Float32[Array, "splits blocks 64 512"], Float32[Array, "splits blocks 2 64"], Float32[Array, "splits blocks 2 64"]
 ]:
-    """For each range of positions: unnormalized sums of latents, the largest score (in powers of two), and the sums of
-    weights over each warpgroup's half of the positions."""
+    """For each range of positions: unnormalized sums of latents, the largest score (in powers of two; twice alike), and
+    the sums of weights over each warpgroup's half of the positions."""
     blocks, page = queries.shape[0], pages.shape[1]
     pages_a_tile = _KEYS // page
     half_keys, half_rank = _KEYS // 2, _RANK // 2
@@ -258,4 +288,4 @@ def _ranges(
         ],
         warpgroups=3,
     )(queries, row_positions, pages, table, sequence, lengths)
-    return sums, tops[:, :, 0], totals
+    return sums, tops, totals

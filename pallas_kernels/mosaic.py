@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.heuristics import THREADS
+
 _NEW_REFS = jax.__version_info__ >= (0, 11)
 _INDEX = () if _NEW_REFS else ((),)  # of a load of a whole reference
 
@@ -32,6 +34,12 @@ BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 """A value for each column, likewise."""
 
 
+def spread(size: int) -> Any:
+    """How a row of `size` values, a multiple of `THREADS`, lies in a warpgroup: up to four neighbours a thread."""
+    each = size // THREADS
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=next(n for n in (4, 2, 1) if each % n == 0))
+
+
 def kernel(
     body: Callable,
     *,
@@ -43,24 +51,32 @@ def kernel(
     warpgroups: int = 1,
     reduction_scratch_bytes: int = 0,
 ) -> Callable:
-    """A Mosaic GPU kernel in lane semantics whose barriers are all written out; axis "wg" names its warpgroups."""
+    """A Mosaic GPU kernel in lane semantics whose barriers are all written out; axis "wg" names its warpgroups.
+
+    An operand may be a `jax.Ref`: the kernel may write to it. (`plgpu.kernel` takes none.)
+    """
     threads = {"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}
+    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, **threads)
     params = plgpu.CompilerParams(
         approx_math=True,
         unsafe_no_auto_barriers=True,
         reduction_scratch_bytes=reduction_scratch_bytes,
         lowering_semantics=plgpu.LoweringSemantics.Lane,
     )
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=grid,
-        grid_names=grid_names,
-        scratch_types=scratch_types,
+
+    def with_scratch(*refs: Ref) -> None:
+        together = {"collective_axes": "wg"} if threads else {}
+        pl.run_scoped(lambda *scratch: body(*refs, *scratch), *scratch_types, **together)
+
+    outs = tuple(out_type) if isinstance(out_type, list | tuple) else (out_type,)
+    call: Any = pl.kernel(
+        with_scratch,
+        out_type=outs,
+        mesh=mesh,
         compiler_params=params,
-        interpret=interpreter_params() if interpret else None,
-        **threads,
+        interpret=interpreter_params() if interpret else False,
     )
+    return call if isinstance(out_type, list | tuple) else lambda *operands: call(*operands)[0]
 
 
 def interpreter_params() -> Any:
@@ -78,6 +94,11 @@ def interpreter_params() -> Any:
 def tiling(columns: int) -> tuple[Any, ...]:
     """Shared memory transforms of bfloat16 rows that wgmma reads `columns` at a time: 16, 32 or 64."""
     return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+
+
+def staging(dtype: Any) -> tuple[Any, ...]:
+    """Shared memory transforms of rows for `store_transposed`, without bank conflicts."""
+    return (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
 
 
 def load(ref: Ref, layout: Any, interpret: bool) -> jax.Array:
@@ -106,6 +127,18 @@ def along_columns(x: jax.Array, shape: tuple[int, int], interpret: bool) -> jax.
 def zeros(shape: tuple[int, int], interpret: bool) -> jax.Array:
     """A float32 accumulator of zeros."""
     return laid_out(jnp.zeros(shape, jnp.float32), ACCUMULATOR, interpret)
+
+
+def ones(shape: tuple[int, int], interpret: bool) -> jax.Array:
+    """A matrix of ones, bfloat16."""
+    return laid_out(jnp.ones(shape, jnp.bfloat16), ACCUMULATOR, interpret)
+
+
+def indices(size: int, layout: Any, interpret: bool) -> jax.Array:
+    """0, 1, ..., int32 `[size]` in `layout`."""
+    if interpret:
+        return lax.iota(jnp.int32, size)
+    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
 
 
 def columns(shape: tuple[int, int], interpret: bool) -> jax.Array:
@@ -183,7 +216,7 @@ def with_sums(run: Callable, finish: Callable, shape: tuple[int, int], count: in
 
 
 def store_transposed(ref: Ref, x: jax.Array, interpret: bool) -> None:
-    """Stores an accumulator's values `[64, M]` (bfloat16) as `[M, 64]`."""
+    """Stores an accumulator's values `[64, M]` as `[M, 64]`."""
     if interpret:
         ref[...] = x.T
     else:
@@ -216,6 +249,16 @@ def warpgroup_barrier(interpret: bool) -> None:
             mgpu.utils.warpgroup_barrier()
 
         barrier()  # type: ignore[call-arg]  # the context is given by what decorates it
+
+
+def pairs_swapped(x: jax.Array, interpret: bool) -> jax.Array:
+    """A `spread` row with values 2i and 2i + 1 exchanged."""
+    if interpret:
+        return x.reshape(-1, 2)[:, ::-1].reshape(-1)
+
+    from pallas_kernels.ptx import pairs_swapped as inline
+
+    return inline(x)
 
 
 def float16_field(words: jax.Array, half: int, interpret: bool) -> jax.Array:

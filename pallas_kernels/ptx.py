@@ -16,7 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.formats import IQ4_VALUES, Format
-from pallas_kernels.mosaic import ACCUMULATOR, BY_ROW, plane_layout
+from pallas_kernels.mosaic import ACCUMULATOR, BY_ROW, plane_layout, spread
 
 # Two bfloat16 of 128: a field of at most 7 bits or-ed into them makes 128 + field, exactly.
 _MAGIC = 0x43004300
@@ -163,3 +163,19 @@ def joined(parts: Sequence[jax.Array]) -> jax.Array:
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
     return join(*parts)
+
+
+def pairs_swapped(x: jax.Array) -> jax.Array:
+    """Float32 values 2i and 2i + 1 of a row exchanged: a thread has both."""
+    layout = spread(x.shape[0])
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
+    def swap(_: Any, array: Any) -> Any:
+        registers = np.empty(array.registers.shape, dtype=object)
+        for at in np.ndindex(*array.registers.shape):
+            values = array.registers[at]
+            size = ir.VectorType(values.type).shape[0]
+            registers[at] = vector.shuffle(values, values, [i ^ 1 for i in range(size)])
+        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+
+    return swap(x)  # type: ignore[call-arg]  # the context is given by what decorates it

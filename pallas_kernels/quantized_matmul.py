@@ -8,6 +8,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 from pallas_kernels.decode_matmul import decode_products
 from pallas_kernels.formats import format_of
 from pallas_kernels.heuristics import DECODE_ROWS, decode_rows, decode_tiles, prefill_rows
+from pallas_kernels.parts import total_of
 from pallas_kernels.prefill_matmul import prefill_products
 from pallas_kernels.unpack import dequantize
 
@@ -56,12 +57,15 @@ def quantized_matmul(
     if x.shape[1] != k:
         raise ValueError(f"rows of {x.shape[1]} values do not meet a weight of shape {(n, k)}")
     if tokens <= DECODE_ROWS or dtype == jnp.float32:
-        tiles = row_tiles(x, decode_rows(tokens))
-        how = decode_tiles(fmt, tiles.shape[1], tiles.shape[0], n, k, 1)
-        (out,) = decode_products(
-            tiles, (weight[None],), jnp.zeros(tiles.shape[0], jnp.int32), name, how, interpret=interpret
-        )
-        return out.transpose(0, 2, 1).reshape(-1, n)[:tokens].astype(dtype)
+        rows = decode_rows(tokens)
+        tiles = -(-tokens // rows)
+        # As for one tile, so that no row's sum depends on how many there are.
+        how = decode_tiles(fmt, rows, 1, n, k, 1)
+        matrices = jnp.zeros(tiles, jnp.int32)
+        (parts,) = decode_products(x[None], (weight[None],), matrices, name, how, dtype=dtype, interpret=interpret)
+        if how.splits == 1 or dtype == jnp.float32:
+            return parts.sum(0)[0]
+        return total_of(parts[:, 0])
     tiles = row_tiles(x, prefill_rows(tokens, 1))
     matrices = jnp.zeros(tiles.shape[0], jnp.int32)
     out = prefill_products(tiles, (weight[None],), matrices, name, interpret=interpret)
@@ -69,24 +73,22 @@ def quantized_matmul(
 
 
 def batched_matmul(
-    x: BFloat16[Array, "T H K"], weight: Int32[Array, "H n k rows 64"], name: str, *, interpret: bool = False
+    x: BFloat16[Array, "T H columns"], weight: Int32[Array, "H n k rows 64"], name: str, *, interpret: bool = False
 ) -> BFloat16[Array, "T H N"]:
-    """x · wᵀ for each head: `quantized_matmul` of `x[:, h]` and `weight[h]`, bfloat16."""
+    """x · wᵀ for each head: `quantized_matmul` of `x[:, h]`, its first K columns, and `weight[h]`, bfloat16."""
     fmt = format_of(name)
     heads, n, k = fmt.weight_shape(weight.shape)
     tokens = x.shape[0]
-    if x.shape[1:] != (heads, k):
+    if x.shape[1] != heads or x.shape[2] < k:
         raise ValueError(f"rows {x.shape[1:]} do not meet weights of shape {(heads, n, k)}")
-    few = tokens <= DECODE_ROWS
-    rows = decode_rows(tokens) if few else prefill_rows(tokens, 1)
-    tiles = jax.vmap(lambda head: row_tiles(head, rows), in_axes=1)(x)  # [H, tiles, rows, K]
+    by_head = x.transpose(1, 0, 2)
+    if tokens <= DECODE_ROWS:
+        how = decode_tiles(fmt, decode_rows(tokens), heads, n, k, 1)
+        (parts,) = decode_products(by_head, (weight,), None, name, how, dtype=jnp.bfloat16, interpret=interpret)
+        return parts.sum(0).astype(jnp.bfloat16).transpose(1, 0, 2)
+    rows = prefill_rows(tokens, 1)
+    tiles = jax.vmap(lambda head: row_tiles(head, rows))(by_head[..., :k])  # [H, tiles, rows, K]
     each = tiles.shape[1]
-    tiles = tiles.reshape(heads * each, rows, k)
-    if few:
-        how = decode_tiles(fmt, rows, heads, n, k, 1)
-        (out,) = decode_products(tiles, (weight,), None, name, how, interpret=interpret)
-        out = out.transpose(0, 2, 1).astype(jnp.bfloat16)
-    else:
-        matrices = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), each)
-        out = prefill_products(tiles, (weight,), matrices, name, interpret=interpret)
+    matrices = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), each)
+    out = prefill_products(tiles.reshape(heads * each, rows, k), (weight,), matrices, name, interpret=interpret)
     return out.reshape(heads, each * rows, n)[:, :tokens].transpose(1, 0, 2)

@@ -27,7 +27,7 @@ from ktx_jax.sharding.mesh import bind
 from ktx_jax.sharding.parameters import file_types
 from ktx_jax.sharding.plan import Plan
 from ktx_jax.sharding.rules import Rules
-from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul
+from pallas_kernels import grouped_matmul, latents, mla_attention, quantized_matmul, rms_norm, router
 from pallas_kernels.unpack import dequantize
 
 # Latents of 512 + 64, which the attention kernel is made for; all else small.
@@ -93,6 +93,7 @@ def logits(gguf: GGUF, config: Config, plan: Plan, dtype: Any = jnp.bfloat16) ->
 
 def _batched_reference(x: jax.Array, weight: jax.Array, name: str) -> jax.Array:
     dense = dequantize(weight, name)
+    x = x[..., : dense.shape[-1]]
     return jnp.einsum("thk,hnk->thn", x.astype(jnp.float32), dense, precision="highest").astype(x.dtype)
 
 
@@ -114,7 +115,7 @@ def _gated_reference(x, gate, up, name):
 
 
 def _attention_reference(*operands, scale, tile):
-    return mla_attention.mla_attention_reference(*operands, scale)
+    return mla_attention.mla_attention_reference(*operands, scale).astype(jnp.bfloat16)
 
 
 @contextmanager
@@ -126,6 +127,10 @@ def references():
         mock.patch.object(grouped_matmul, "grouped_mlp", _experts_reference),
         mock.patch.object(grouped_matmul, "gated_matmul", _gated_reference),
         mock.patch.object(mla_attention, "mla_attention", _attention_reference),
+        mock.patch.object(rms_norm, "rms_norm", rms_norm.rms_norm_reference),
+        mock.patch.object(rms_norm, "add_rms_norm", rms_norm.add_rms_norm_reference),
+        mock.patch.object(latents, "write_latents", latents.write_latents_reference),
+        mock.patch.object(router, "choose_experts", router.choose_experts_reference),
     ):
         yield
 
@@ -139,6 +144,10 @@ def interpreted():
         (grouped_matmul, "grouped_mlp"),
         (grouped_matmul, "gated_matmul"),
         (mla_attention, "mla_attention"),
+        (rms_norm, "rms_norm"),
+        (rms_norm, "add_rms_norm"),
+        (latents, "write_latents"),
+        (router, "choose_experts"),
     )
     before = [getattr(module, name) for module, name in kernels]
     try:

@@ -2,6 +2,7 @@
 """Compiling ahead: on virtual CPU devices always, for GPUs that are not here where the extra `aot` is installed."""
 
 import dataclasses
+import re
 from importlib import metadata
 
 import pytest
@@ -197,9 +198,11 @@ class TestAbsentGpus:
         check(plan, compile_plan(plan, load_target("rtx4090"), phases=("decode",)))
 
     @pytest.mark.parametrize(
-        ("model", "quant", "layer"), [("v2.5", "iq4_xs", 11), ("v2-lite", "q4_k_m", 10)], ids=["V2.5", "V2-Lite"]
+        ("model", "quant", "layer", "of_ours"),
+        [("v2.5", "iq4_xs", 22, 17), ("v2-lite", "q4_k_m", 21, 15)],
+        ids=["V2.5", "V2-Lite"],
     )
-    def test_whole_steps_on_the_gpu_kernels(self, model, quant, layer, tmp_path, monkeypatch):
+    def test_whole_steps_on_the_gpu_kernels(self, model, quant, layer, of_ours, tmp_path, monkeypatch):
         """On one H200: every product a kernel, no weight dequantized, no expert made dense, one CUDA graph a token."""
         monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text")
         target = load_target("h200")
@@ -210,8 +213,11 @@ class TestAbsentGpus:
         # Smaller than any one weight of the step would be in bfloat16, and than a layer's experts.
         assert decode.temporaries < 16e6
         assert prefill.temporaries < 0.3e9
-        ours = [1 + layer * plan.config.num_hidden_layers - 2] * 2  # the head; a dense layer has two fewer
+        ours = [2 + of_ours * plan.config.num_hidden_layers - 3] * 2  # norm and head; a dense layer has three fewer
         assert [step.launches(MOSAIC) for step in made.steps] == ours
+        # The first layers have also what a step does once.
+        last = max(int(match[1]) for k in decode.kernels if (match := re.search(r"layers\.(\d+)/", k.where)))
+        assert sum(f"layers.{last}/" in k.where for k in decode.kernels) == layer
         graphs = [
             {line.split()[1] for line in path.read_text().splitlines() if line[:1].isdigit()}
             for path in tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")

@@ -10,6 +10,7 @@ from golden_models import LOGITS, SMALL_LIMITS, golden_llm, relative_error, smal
 from ktx_jax.engine.engine import Engine
 from ktx_jax.engine.requests import Request, SamplingParams
 from ktx_jax.engine.scheduler import Share, Work
+from ktx_jax.engine.stage import by_rows
 from ktx_jax.engine.step import make_run
 from ktx_jax.llm import LLM
 
@@ -115,3 +116,19 @@ def test_drawn_tokens_are_the_most_likely_of_the_logits(engine, llm):
         logits = engine.logits(request.prompt + request.output)
         assert logits[len(request.prompt) - 1 : -1].argmax(-1).tolist() == request.output
     assert engine.stats().pages_free == SMALL_LIMITS.pages
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (128, 128), (130, 65), (256, 128), (384, 128), (500, 125)])
+def test_logits_are_there_for_some_rows_at_a_time(count, most):
+    seen = []
+
+    def ending(rows):
+        x, extra = rows
+        seen.append(x.shape[0])
+        return x.sum(axis=-1) > extra, {"each": x * 2, "none": None}
+
+    x, extra = np.random.default_rng(0).standard_normal((count, 3)).astype(np.float32), np.zeros(count, np.float32)
+    large, rest = jax.jit(lambda *rows: by_rows(ending, rows))(x, extra)
+    np.testing.assert_array_equal(large, x.sum(-1) > 0)
+    np.testing.assert_array_equal(rest["each"], 2 * x)
+    assert set(seen) == {most}

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"cli", "commands", "server", "evaluate", "aot"},
     {"llm", "async_engine"},
+    {"execution"},
     {"engine"},
     {"sharding", "synth", "presets"},
     {"model"},

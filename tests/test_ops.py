@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, quants
 from gguf import GGMLQuantizationType as T
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ktx_jax import ops
 from ktx_jax.gguf.blocks import NATIVE_TYPES
@@ -93,6 +95,22 @@ def test_head_matmul(tokens, transposed):
     for each in (w, jnp.asarray(values, jnp.float32)):
         out = jax.jit(ops.head_matmul, static_argnames="transposed")(x, each, transposed=transposed)
         np.testing.assert_allclose(out, expected, **CLOSE)
+
+
+@given(
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 511, 512, 513, 1024, 1300]),
+    st.sampled_from([1, 3, 1000]),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_largest_is_the_first_of_the_largest(rows, size, values, seed):
+    """Few values: many are equal to the largest, in several windows."""
+    x = np.random.default_rng(seed).integers(0, values, (2, rows, size)).astype(np.float32)
+    x[0, 0] = -np.inf
+    value, place = jax.jit(ops.largest)(x)
+    np.testing.assert_array_equal(value, x.max(-1))
+    np.testing.assert_array_equal(place, x.argmax(-1))
 
 
 def test_embedding_rows():

@@ -12,7 +12,7 @@ from pallas_cases import interpreter, random_blocks, random_rows, relative_error
 
 from ktx_jax import ops
 from ktx_jax.quantized import PlanesArray, QuantizedArray
-from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul
+from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul, rms_norm, router
 from pallas_kernels.pack import pack
 
 
@@ -24,6 +24,9 @@ def _interpreted(monkeypatch):
         (grouped_matmul, "grouped_mlp"),
         (grouped_matmul, "gated_matmul"),
         (mla_attention, "mla_attention"),
+        (rms_norm, "rms_norm"),
+        (rms_norm, "add_rms_norm"),
+        (router, "choose_experts"),
     ):
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
 
@@ -49,14 +52,14 @@ def test_the_logical_shape_follows_from_the_records():
 def test_matmul_of_a_model_and_of_its_heads():
     rng = np.random.default_rng(1)
     planes, blocks = _both(T.Q5_0, (2, 64, 128), rng)
-    x = random_rows((3, 2, 128), rng)
+    x = random_rows((3, 2, 192), rng)  # of which the first 128 columns meet the weight
     with interpreter():
         out = ops.head_matmul(x, planes)
     assert relative_error(out, ops.head_matmul(x, blocks)) < 8e-3
-    first = [jax.tree.map(lambda leaf: leaf[0], w) for w in (planes, blocks)]
+    first, x = [jax.tree.map(lambda leaf: leaf[0], w) for w in (planes, blocks)], x[:, 0, :128]
     with interpreter():
-        out = ops.matmul(x[:, 0], first[0], dtype=jnp.float32)
-    assert relative_error(out, ops.matmul(x[:, 0], first[1], dtype=jnp.float32)) < 2e-6
+        out = ops.matmul(x, first[0], dtype=jnp.float32)
+    assert relative_error(out, ops.matmul(x, first[1], dtype=jnp.float32)) < 2e-6
 
 
 def test_experts_of_a_model():
@@ -93,6 +96,28 @@ def test_attention_of_a_model():
     with interpreter():
         out = ops.mla_attention(*operands, scale=0.05, tile=1, implementation="pallas")
     assert relative_error(out, ops.mla_attention(*operands, scale=0.05, tile=1)) < 2e-2
+
+
+def test_norms_and_choices_of_a_model():
+    rng = np.random.default_rng(6)
+    x, y, weight = (
+        random_rows((2, 256), rng),
+        random_rows((2, 256), rng),
+        jnp.asarray(rng.uniform(1, 2, 256), jnp.float32),
+    )
+    logits, live = jnp.asarray(rng.standard_normal((2, 32)), jnp.float32), jnp.array([True, False])
+    choice = ops.Choice(experts=4, groups=4, kept_groups=2, normalized=True, scale=2.0)
+    with interpreter():
+        one, two = (
+            (
+                ops.rms_norm(x, weight, 1e-6, implementation=name),
+                *ops.choose_experts(logits, live, choice, implementation=name),
+            )
+            for name in ("pallas", "xla")
+        )
+        total, normed = ops.add_rms_norm(x, y, weight, 1e-6)
+    for got, want in zip((*one, total, normed), (*two, x + y, ops.rms_norm(x + y, weight, 1e-6)), strict=True):
+        assert relative_error(got, want) < 8e-3
 
 
 def test_layouts_that_lack_an_operation_say_so():

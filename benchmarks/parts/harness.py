@@ -27,7 +27,7 @@ from ktx_jax.tokenizer import Tokenizer
 
 _SERVER = Path(__file__).parent.parent / "workers" / "llama_server.py"
 _START_SECONDS = 300
-_WORDS, _CHOICES = 12, 4  # of a choice; of a question
+WORDS, _CHOICES = 4, 4  # of a choice; of a question
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ def write_task(folder: Path, name: str, questions: int, words: int) -> None:
     """A task: passages of some text, and which of four pieces goes on. Every passage is its own."""
     text = " ".join(" ".join(topics[topic] for topic in sorted(topics)).split())
     pieces = text.split(" ")
-    step = words + _WORDS
+    step = words + WORDS
     if questions * step > len(pieces):
         raise SystemExit(f"the text has {len(pieces)} words: too few for {questions} questions of {step}")
     rng = np.random.default_rng(0)
     rows = []
     for start in range(0, questions * step, step):
-        begins = [start + words, *rng.integers(0, len(pieces) - _WORDS, _CHOICES - 1)]
-        choices = [" ".join(pieces[at : at + _WORDS]) for at in begins]
+        begins = [start + words, *rng.integers(0, len(pieces) - WORDS, _CHOICES - 1)]
+        choices = [" ".join(pieces[at : at + WORDS]) for at in begins]
         order = rng.permutation(_CHOICES)
         question = " ".join(pieces[start : start + words])
         answer = int(np.flatnonzero(order == 0)[0])

@@ -13,8 +13,6 @@ def likelihood(logits: Float[Array, "L V"], target: Int[Array, " L"]) -> tuple[F
     Of equal logits greedy decoding draws the first, as `sampling.sample` does. A row's answer does not depend, to the
     bit, on how many rows there are.
     """
-    value = jnp.take_along_axis(logits, target[:, None], axis=-1)
-    best = logits.max(axis=-1, keepdims=True)
-    logprob = (value - best - jnp.log(ops.sum_exp(logits, best)))[:, 0]
-    before = jnp.arange(logits.shape[-1]) < target[:, None]
-    return logprob, (value == best)[:, 0] & ~((logits == best) & before).any(axis=-1)
+    best, greedy = ops.largest(logits)
+    value = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    return value - best - jnp.log(ops.sum_exp(logits, best[:, None])[:, 0]), greedy == target

@@ -65,8 +65,8 @@ def sample(logits: Float[Array, "L V"], draw: Draw, edits: Edits | None = None, 
     edited = logits if edits is None else _edit(logits, edits)
     token = jax.lax.cond(
         (draw.temperature > 0).any(),
-        lambda: jnp.where(draw.temperature > 0, _draw(edited, draw), _argmax(edited)),
-        lambda: _argmax(edited),
+        lambda: jnp.where(draw.temperature > 0, _draw(edited, draw), ops.largest(edited)[1]),
+        lambda: ops.largest(edited)[1],
     )
     if top is None:
         return Drawn(token)
@@ -103,13 +103,6 @@ def _edit(logits: Float[Array, "L V"], edits: Edits) -> Float[Array, "L V"]:
     return jnp.where(allowed == 1, logits, -jnp.inf)
 
 
-def _argmax(x: Float[Array, "L V"]) -> Int[Array, " L"]:
-    """The first of the largest, in two vectorized passes: XLA's own argmax goes value by value on CPUs."""
-    size = x.shape[-1]
-    places = jnp.where(x == x.max(axis=-1, keepdims=True), jnp.arange(size, dtype=jnp.int32), size - 1)
-    return places.min(axis=-1)
-
-
 def _draw(logits: Float[Array, "L V"], draw: Draw) -> Int[Array, " L"]:
     rows, size = logits.shape
     scaled = logits / jnp.maximum(draw.temperature, 1e-6)[:, None]
@@ -133,7 +126,7 @@ def _draw(logits: Float[Array, "L V"], draw: Draw) -> Int[Array, " L"]:
     likeliest = scaled.max(axis=-1) + jnp.log(draw.min_p)
     floor = jnp.maximum(floor, _ordered_bits(likeliest))
     noisy = scaled + jax.vmap(partial(_gumbel, size=size))(draw.seed, draw.position)
-    return _argmax(jnp.where(order >= floor[:, None], noisy, -jnp.inf))
+    return ops.largest(jnp.where(order >= floor[:, None], noisy, -jnp.inf))[1]
 
 
 def _gumbel(seed: UInt32[Array, "2"], position: Int[Array, ""], *, size: int) -> Float[Array, " V"]:

@@ -15,6 +15,7 @@ from ktx_jax.engine.scheduler import Limits
 from ktx_jax.model.cache import Cache, Run, copy_pages, new_cache
 from ktx_jax.model.config import Config
 from ktx_jax.model.modules import DeepseekV2ForCausalLM
+from ktx_jax.ops.tiles import map_tiles
 from ktx_jax.sharding.load import LoadedStage
 
 Tail: TypeAlias = Callable[[Float[Array, "L V"], Any], Any]
@@ -60,6 +61,23 @@ class Stage(Protocol):
         ...
 
 
+_ROWS = 128
+"""For how many tokens logits are there at a time: those of 512 are 210 MB, and memory that a CPU has not used lately is
+as slow to get as they are to compute."""
+
+
+def by_rows(ending: Callable[[Any], Any], rows: Any) -> Any:
+    """`ending` of arrays `[L, ...]`, which takes and gives a row for each token, so many at a time."""
+    first = jax.tree.leaves(rows)[0]
+    count = first.shape[0]
+    parts = -(-count // _ROWS)
+    parts = next((n for n in range(parts, 2 * parts) if count % n == 0), 1)
+    if parts == 1:
+        return ending(rows)
+    cut = jax.tree.map(lambda a: a.reshape(parts, count // parts, *a.shape[1:]), rows)
+    return jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), map_tiles(ending, cut, after=first))
+
+
 @dataclass(frozen=True)
 class _Whole:
     """All that a stage does in a step, as one method."""
@@ -70,8 +88,15 @@ class _Whole:
     def __call__(
         self, model: DeepseekV2ForCausalLM, cache: Cache, x: Any, run: Run, at: Any, extra: Any
     ) -> tuple[Any, Cache]:
-        out, cache = model(run, cache, at, x, dtype=self.dtype)
-        return (self.tail(out, extra) if model.ends else out), cache
+        x, cache = model.model(run, cache, x, self.dtype)
+        if not model.ends:
+            return model.head(x, at), cache
+
+        def ending(rows: tuple[jax.Array, Any]) -> Any:
+            at, extra = rows
+            return self.tail(model.head(x, at), extra)
+
+        return by_rows(ending, (at, extra)), cache
 
 
 class FusedStage:

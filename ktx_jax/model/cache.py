@@ -2,7 +2,7 @@
 """The paged latent cache, and the flat run of tokens that one step adds to it."""
 
 from dataclasses import dataclass, field
-from typing import no_type_check
+from typing import Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import ktx_ffi
 from jaxtyping import Array, Float, Int
 
 from ktx_jax.model.config import Config
+from ktx_jax.model.rope import rotate
 
 Cache = tuple[jax.Array, ...]  # one array [pages, page, R + P] a layer
 
@@ -42,18 +43,53 @@ def new_cache(config: Config, layers: int, pages: int, page: int, dtype: jax.typ
     return tuple(jnp.zeros(shape, kept) for _ in range(layers))
 
 
-def write(pages: jax.Array, rows: Float[Array, "T R_P"], run: Run, *, implementation: str = "xla") -> jax.Array:
-    """Puts each token's row at its position's place; padding is dropped."""
+@runtime_checkable
+class Norm(Protocol):
+    """A norm of rows, and its weight."""
+
+    eps: float
+
+    @property
+    def whole(self) -> jax.Array: ...
+
+    def __call__(self, x: jax.Array) -> jax.Array: ...
+
+
+def write_latents(
+    pages: jax.Array,
+    x: Float[Array, "T R_P"],
+    norm: Norm,
+    cos: Float[Array, "T half"],
+    sin: Float[Array, "T half"],
+    run: Run,
+    *,
+    implementation: str = "xla",
+) -> jax.Array:
+    """Puts each token's row at its position's place: its latent's norm, then its rotated key. Padding is dropped."""
+    if implementation == "pallas":  # imported when used: it takes a second
+        from pallas_kernels.latents import write_latents as on_gpu
+
+        return on_gpu(pages, x, norm.whole, norm.eps, cos, sin, _places(run, pages.shape[1], -1))
+    latent, key = jnp.split(x, [x.shape[1] - 2 * cos.shape[1]], axis=-1)
+    rows = jnp.concatenate([norm(latent), rotate(key, cos, sin)], axis=-1)
+    return _write(pages, rows, run, implementation)
+
+
+def _write(pages: jax.Array, rows: Float[Array, "T R_P"], run: Run, implementation: str) -> jax.Array:
     count, page, width = pages.shape
-    at = jnp.maximum(run.positions, 0)
-    place = run.block_table[run.sequence, at // page] * page + at % page
     if implementation == "ffi":
-        return ktx_ffi.cache_write(pages, rows, jnp.where(run.positions >= 0, place, -1))
-    place = jnp.where(run.positions >= 0, place, count * page)
+        return ktx_ffi.cache_write(pages, rows, _places(run, page, -1))
+    place = _places(run, page, count * page)
     if pages.dtype == jnp.uint16:
         rows = jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
     flat = pages.reshape(count * page, width).at[place].set(rows.astype(pages.dtype), mode="drop")
     return flat.reshape(pages.shape)
+
+
+def _places(run: Run, page: int, nowhere: int) -> Int[Array, " T"]:
+    """Each token's row in the pages laid end to end."""
+    at = jnp.maximum(run.positions, 0)
+    return jnp.where(run.positions >= 0, run.block_table[run.sequence, at // page] * page + at % page, nowhere)
 
 
 def copy_pages(cache: Cache, source: Int[Array, " n"], target: Int[Array, " n"]) -> Cache:

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ktx_jax import ops
-from ktx_jax.model.cache import Cache, Run, write
+from ktx_jax.model.cache import Cache, Run, write_latents
 from ktx_jax.model.capture import current, tracing
 from ktx_jax.model.config import Config
 from ktx_jax.model.rope import cos_sin, rotate
@@ -62,14 +62,14 @@ class Linear(Cut):
 
 
 class HeadLinear(Cut):
-    """A weight `[H, out, in]`, or `[H, in, out]` where `transposed`; only heads are cut."""
+    """A weight `[H, out, in]`, or `[H, in, out]` where `transposed`, for rows' first columns; only heads are cut."""
 
     def __init__(self, heads: int, out: int, size: int, *, transposed: bool = False, rngs: nnx.Rngs):
         shape = (heads, size, out) if transposed else (heads, out, size)
         super().__init__(jax.random.normal(rngs.params(), shape) * _INIT_STD)
         self.transposed = transposed
 
-    def __call__(self, x: Float[Array, "T H K"]) -> Float[Array, "T H N"]:
+    def __call__(self, x: Float[Array, "T H columns"]) -> Float[Array, "T H N"]:
         return ops.head_matmul(x, self.weight.get_value(), transposed=self.transposed)
 
 
@@ -80,8 +80,18 @@ class RMSNorm(Cut):
         self.implementation = "xla"
 
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        weight = recut(self.weight.get_value(), self.cut[0], ())
-        return ops.rms_norm(x, weight, self.eps, implementation=self.implementation)
+        return ops.rms_norm(x, self.whole, self.eps, implementation=self.implementation)
+
+    def of_sum(self, x: Float[Array, "T D"], y: Float[Array, "T D"]) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+        """x + y, and its norm."""
+        if self.implementation == "pallas":
+            return ops.add_rms_norm(x, y, self.whole, self.eps)
+        return x + y, self(x + y)
+
+    @property
+    def whole(self) -> Float[Array, " D"]:
+        """The weight, from all devices' parts of it."""
+        return recut(self.weight.get_value(), self.cut[0], ())
 
 
 class Embedding(Linear):
@@ -138,13 +148,11 @@ class Attention(nnx.Module):
             else:
                 q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)), want=heads)
             q = q.reshape(tokens, -1, c.qk_head_dim)  # [T, H, N + P], H cut over `heads`
-            q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
-            q_rope = rotate(q_rope, cos, sin)
-            q_latent = self.k_b_proj(q_nope)
+            q_rope = rotate(q[..., c.qk_nope_head_dim :], cos, sin)
+            q_latent = self.k_b_proj(q)
         with jax.named_scope("latent"):
-            latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [c.kv_lora_rank], axis=-1)
-            row = jnp.concatenate([self.kv_a_layernorm(latent), rotate(k_rope, cos, sin)], axis=-1)  # [T, R + P]
-            pages = write(pages, row, run, implementation=self.implementation)
+            kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm  # [T, R + P]
+            pages = write_latents(pages, kv, norm, cos, sin, run, implementation=self.implementation)
         with jax.named_scope("attend"):
             mixed = ops.mla_attention(
                 q_latent, q_rope, pages, run.block_table, run.sequence, run.positions,
@@ -212,7 +220,7 @@ class Experts(nnx.Module):
         """What this device's experts, or its part of their widths, add; an id that it has not adds nothing."""
         gate, up, down = (m.weight.get_value() for m in (self.gate_proj, self.up_proj, self.down_proj))
         by_expert, _, by_width = self.down_proj.cut
-        local = jnp.where(ids < 0, -1, ids - first_index(gate.shape[0], by_expert))
+        local = jnp.where(ids < 0, -1, ids - first_index(gate.shape[0], by_expert)) if by_expert else ids
         offset = offset_in_block(gate.shape[1], ops.block_size(down), by_width)
         return Sum(ops.experts(x, local, weights, gate, up, down, offset=offset), by_expert + by_width)
 
@@ -224,24 +232,17 @@ class Router(Linear):
 
     def __init__(self, c: Config, rngs: nnx.Rngs):
         super().__init__(c.n_routed_experts, c.hidden_size, rngs=rngs)
-        self.config = c
+        self.choice = ops.Choice(
+            c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor
+        )
+        self.implementation = "xla"
 
-    def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        return ops.softmax(self(x.astype(jnp.float32)))
+    def scores(self, logits: Float[Array, "T E"]) -> Float[Array, "T E"]:
+        return ops.softmax(logits)
 
-    def route(self, x: Float[Array, "T D"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
-        c, scores = self.config, self.scores(x)
-        tokens, experts = scores.shape
-        kept = scores
-        if c.topk_group < c.n_group:
-            groups = scores.reshape(tokens, c.n_group, -1)
-            _, best = jax.lax.top_k(groups.max(axis=-1), c.topk_group)
-            chosen = jax.nn.one_hot(best, c.n_group, dtype=bool).any(axis=1)
-            kept = jnp.where(chosen[..., None], groups, 0.0).reshape(tokens, experts)
-        weights, ids = jax.lax.top_k(kept, c.num_experts_per_tok)
-        if c.norm_topk_prob:
-            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-        return ids, weights * c.routed_scaling_factor
+    def route(self, x: Float[Array, "T D"], live: jax.Array) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+        logits = self(x.astype(jnp.float32))
+        return ops.choose_experts(logits, live, self.choice, scores=self.scores, implementation=self.implementation)
 
 
 class MoE(nnx.Module):
@@ -263,8 +264,7 @@ class MoE(nnx.Module):
     def route(self, x: Float[Array, "T D"], live: jax.Array) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         """Each token's experts and their weights; no expert (-1) for a token that is not `live`."""
         with jax.named_scope("route"):
-            ids, weights = self.gate.route(x)
-            return jnp.where(live[:, None], ids, -1), weights
+            return self.gate.route(x, live)
 
 
 class DecoderLayer(nnx.Module):
@@ -294,8 +294,8 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, pages: jax.Array, run: Run, cos: jax.Array, sin: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         mixed, pages = self.self_attn(self.input_layernorm(x), pages, run, cos, sin)
-        x = x + mixed
-        return x, self.post_attention_layernorm(x), pages
+        x, h = self.post_attention_layernorm.of_sum(x, mixed)
+        return x, h, pages
 
 
 @jax.jit(static_argnums=0)

@@ -92,8 +92,10 @@ def matmul(x: Float[Array, "T K"], w: Weight, *, dtype: Any = None) -> Float[Arr
     return jnp.concatenate([out, one_tile(w.data[whole:])], axis=1)
 
 
-def head_matmul(x: Float[Array, "T H K"], w: Weight, *, transposed: bool = False) -> Float[Array, "T H N"]:
-    """x · wᵀ for each head: w is `[H, N, K]`, or `[H, K, N]` where `transposed`."""
+def head_matmul(x: Float[Array, "T H columns"], w: Weight, *, transposed: bool = False) -> Float[Array, "T H N"]:
+    """x · wᵀ for each head, of the first K columns: w is `[H, N, K]`, or `[H, K, N]` where `transposed`."""
+    if not isinstance(w, PlanesArray):
+        x = x[..., : w.shape[1 if transposed else 2]]
     if isinstance(w, HostArray):
         if transposed:
             raise NotImplementedError("the CPU kernels read weights by rows: a transposed one must be loaded for XLA")

@@ -11,6 +11,7 @@ from ktx_jax.model.config import Config
 from ktx_jax.sharding.choices import Spec
 from ktx_jax.sharding.granules import GRANULES, touched_blocks
 from pallas_kernels.formats import FORMATS, LEAST_ROWS, ROWS, Format, format_of
+from pallas_kernels.heuristics import MOST_EXPERTS, THREADS
 
 _T = GGMLQuantizationType
 
@@ -52,9 +53,26 @@ def kernel_type(kind: GGMLQuantizationType) -> GGMLQuantizationType:
     return _T.BF16 if kind in _DENSE else _T.Q8_0
 
 
-def has_kernel(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether there is a kernel for what a parameter does: products; not norms, float32 routers or looked-up rows."""
-    return len(shape) > 1 and not path.endswith((".mlp.gate", "embed_tokens"))
+def has_kernel(path: str) -> bool:
+    """Whether there is a kernel for what a parameter does: all but rows that are looked up."""
+    return not path.endswith("embed_tokens")
+
+
+def stays_float32(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter lies in memory as it does for XLA: norms, and routers, whose product is XLA's."""
+    return len(shape) == 1 or path.endswith(".mlp.gate")
+
+
+def float32_obstacle(path: str, shape: tuple[int, ...]) -> str | None:
+    """Why the kernels cannot compute with a parameter that `stays_float32`, or None."""
+    if len(shape) == 1:
+        return (
+            f"the kernel of norms takes rows in {THREADS}s, and they are of {shape[0]}" if shape[0] % THREADS else None
+        )
+    count = shape[0]
+    if count > MOST_EXPERTS:
+        return f"the router's kernel chooses among up to {MOST_EXPERTS} experts, and there are {count}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from ktx_jax.sharding.gpu_kernels import (
     KernelLayout,
     attention_obstacle,
     experts_obstacle,
+    float32_obstacle,
     has_kernel,
     kernel_layout,
+    stays_float32,
 )
 from ktx_jax.sharding.granules import stored_bytes
 from ktx_jax.sharding.parameters import Parameter
@@ -54,38 +56,45 @@ def settle(wanted: Mapping[str, Wanted], config: Config) -> tuple[dict[str, Sett
     """What computes with each parameter: where `pallas` was to, but cannot, XLA does. Also what to say of that."""
     obstacles: dict[str, str] = {}
     for path, want in wanted.items():
-        if want.asks and has_kernel(path, want.parameter.shape):
+        if want.asks and has_kernel(path):
             obstacle = _obstacle(path, wanted, config)
             if obstacle is not None:
                 obstacles[path] = obstacle
     settled = {}
     for path, want in wanted.items():
         ops = want.ops
-        if path in obstacles or not has_kernel(path, want.parameter.shape):
+        if path in obstacles or not has_kernel(path):
             ops = Ops(*(XLA if op == PALLAS else op for op in (ops.prefill, ops.decode)))
         settled[path] = _with_bytes(want, ops, config)
     taken = [want for path, want in wanted.items() if PALLAS in (settled[path].ops.prefill, settled[path].ops.decode)]
-    return settled, (*_left_notices(obstacles), *_attention_notice(taken, config), *_type_notices(taken, config))
+    packed = [want for want in taken if not stays_float32(want.parameter.path, want.parameter.shape)]
+    return settled, (*_left_notices(obstacles), *_attention_notice(taken, config), *_type_notices(packed, config))
 
 
 def _obstacle(path: str, wanted: Mapping[str, Wanted], config: Config) -> str | None:
     """Why the kernels cannot compute with a parameter, or None; a layer's experts are computed together."""
-    if not wanted[path].parameter.is_expert:
+    parameter = wanted[path].parameter
+    if stays_float32(path, parameter.shape):
+        return float32_obstacle(path, parameter.shape)
+    if not parameter.is_expert:
         return wanted[path].layout(config).obstacle
     parent = path.rpartition(".")[0]
     return experts_obstacle(wanted[f"{parent}.{name}"].layout(config) for name in _EXPERTS)
 
 
 def _with_bytes(want: Wanted, ops: Ops, config: Config) -> Settled:
+    p = want.parameter
+    one_form = stays_float32(p.path, p.shape)
+
     def nbytes(op: str | None) -> int:
-        if op == PALLAS:
+        if op == PALLAS and not one_form:
             return want.layout(config).piece_bytes
-        return stored_bytes(want.parameter.shape, want.parameter.stored_type, want.cuts)
+        return stored_bytes(p.shape, p.stored_type, want.cuts)
 
     if want.prefill_device is not None:
         return Settled(ops, nbytes(ops.decode), nbytes(ops.prefill))
     both = (ops.decode, ops.prefill)
-    forms = set(both) if PALLAS in both else {ops.decode}
+    forms = set(both) if PALLAS in both and not one_form else {ops.decode}
     return Settled(ops, sum(map(nbytes, forms)), 0)
 
 

@@ -120,7 +120,7 @@ def layout_of(plan: Plan, parameter: PlacedParameter, mesh: Mesh, op: str) -> La
     kind, shape, spec = parameter.stored_type, parameter.shape, parameter.spec
     if len(shape) == 1 or (op != "ffi" and parameter.path.endswith(".mlp.gate")):
         return Layout(parameter.path, "dense", shape, kind, spec, mesh)
-    if op == PALLAS and has_kernel(parameter.path, shape):
+    if op == PALLAS and has_kernel(parameter.path):
         read_so = plan.config.k_b_transposed
         into = kernel_layout(parameter.path, shape, kind, cuts(spec, mesh.shape), k_b_transposed=read_so)
         spec = turned_spec(spec) if into.turned else spec

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ktx_jax.gguf.reader import GGUF
-from ktx_jax.model.modules import Attention, Cut, DeepseekV2ForCausalLM, HeadLinear, RMSNorm
+from ktx_jax.model.modules import Attention, Cut, DeepseekV2ForCausalLM, HeadLinear, RMSNorm, Router
 from ktx_jax.sharding.devices import HOST
 from ktx_jax.sharding.gpu_kernels import PALLAS, XLA, attention_obstacle
 from ktx_jax.sharding.layout import Layout, layout_of
@@ -215,7 +215,7 @@ def _prepare(model: DeepseekV2ForCausalLM, parameters: dict[str, PlacedParameter
             module.implementation = _attention_op(module, op[f"{path}.o_proj"])
         if isinstance(module, Cut):
             module.cut = parameters[path].spec
-        if isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm | Router):
             module.implementation = op[path]
         if isinstance(module, HeadLinear) and op[path] != XLA:
             module.transposed = False  # see `layout_of`
