@@ -92,7 +92,7 @@ def write_latents(
 
         pl.when(place >= 0)(write)
 
-    cache = jax.new_ref(lax.bitcast_convert_type(pages, jnp.bfloat16), memory_space=plgpu.GMEM)
+    cache = mosaic.mutable(lax.bitcast_convert_type(pages, jnp.bfloat16))
     mosaic.kernel(
         body,
         interpret=interpret,

@@ -89,10 +89,10 @@ def mla_prefill(
     tile, blocks = ROWS // plan.run.shape[1], plan.run.shape[0]
     queries = tuple(x.reshape(tokens // tile, tile, -1) for x in (q, q_rope))
     pages = lax.bitcast_convert_type(pages, jnp.bfloat16) if pages.dtype == jnp.uint16 else pages
-    out = _reference(into.astype(jnp.bfloat16).reshape(tokens // tile, tile, heads * HEAD))
+    out = mosaic.mutable(into.astype(jnp.bfloat16).reshape(tokens // tile, tile, heads * HEAD))
     kept = (
-        _reference(jnp.zeros((blocks, ROWS, heads * HEAD), jnp.float32)),
-        _reference(jnp.zeros((2, blocks, heads, ROWS), jnp.float32)),
+        mosaic.mutable(jnp.zeros((blocks, ROWS, heads * HEAD), jnp.float32)),
+        mosaic.mutable(jnp.zeros((2, blocks, heads, ROWS), jnp.float32)),
     )
 
     def one_range(i: jax.Array, _: None) -> None:
@@ -103,10 +103,6 @@ def mla_prefill(
 
     lax.fori_loop(0, plan.ranges, one_range, None)
     return jax.freeze(out).reshape(tokens, heads, HEAD)
-
-
-def _reference(x: jax.Array) -> Ref:
-    return jax.new_ref(x, memory_space=plgpu.GMEM)
 
 
 def obstacle(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> str | None:
@@ -238,7 +234,8 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
 
         def finish(sums: jax.Array, total: jax.Array, at: jax.Array) -> None:
             values = jnp.where(mosaic.along_rows(at, shape) >= 0, sums / mosaic.along_rows(total, shape), 0.0)
-            q_s[own] = values.astype(jnp.bfloat16)  # this warpgroup's queries have been read
+            mosaic.warpgroup_barrier(interpret)  # then this warpgroup's queries have been read, by all of its warps
+            q_s[own] = values.astype(jnp.bfloat16)
             plgpu.commit_smem()
             for j in range(each // 2):
                 run, rows = run_g[block, wg * (each // 2) + j], pl.ds(wg * (ROWS // 2) + j * tile, tile)

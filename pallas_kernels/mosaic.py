@@ -53,7 +53,7 @@ def kernel(
 ) -> Callable:
     """A Mosaic GPU kernel in lane semantics whose barriers are all written out; axis "wg" names its warpgroups.
 
-    An operand may be a `jax.Ref`: the kernel may write to it. (`plgpu.kernel` takes none.)
+    An operand may be a reference (`mutable`): the kernel may write to it. (`plgpu.kernel` takes none.)
     """
     threads = {"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}
     mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, **threads)
@@ -77,6 +77,14 @@ def kernel(
         interpret=interpreter_params() if interpret else False,
     )
     return call if isinstance(out_type, list | tuple) else lambda *operands: call(*operands)[0]
+
+
+def mutable(x: jax.Array) -> Ref:
+    """A reference to what x holds, for a kernel to change; `jax.freeze` gives what it holds in the end.
+
+    XLA lets it lie where x does, if x is not used afterwards.
+    """
+    return jax.new_ref(x, memory_space=plgpu.GMEM)
 
 
 def interpreter_params() -> Any:

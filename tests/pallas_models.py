@@ -150,12 +150,12 @@ def references():
         mock.patch.object(grouped_matmul, "grouped_mlp", _experts_reference),
         mock.patch.object(grouped_matmul, "gated_matmul", _gated_reference),
         mock.patch.object(mla_attention, "mla_attention", _attention_reference),
-        mock.patch.object(mla_prefill, "mla_prefill", _prefill_reference),
-        mock.patch.object(prefill_plan, "prefill_plan", _plan_reference),
         mock.patch.object(rms_norm, "rms_norm", rms_norm.rms_norm_reference),
         mock.patch.object(rms_norm, "add_rms_norm", rms_norm.add_rms_norm_reference),
         mock.patch.object(latents, "write_latents", latents.write_latents_reference),
         mock.patch.object(router, "choose_experts", router.choose_experts_reference),
+        mock.patch.object(mla_prefill, "mla_prefill", _prefill_reference),
+        mock.patch.object(prefill_plan, "prefill_plan", _plan_reference),
     ):
         yield
 

@@ -67,15 +67,15 @@ def test_attention(tmp_path, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["v2.5", "lite"])
+@pytest.mark.parametrize("kernel", ["router", "norm of", "latents"])
+def test_rows(tmp_path, model, kernel):
+    _check(_compiled(tmp_path, model, kernel), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["v2.5", "lite"])
 def test_attention_of_prompts(tmp_path, model):
     cases = _compiled(tmp_path, model, "prompts")
     assert len(cases) == 6
     _check(cases, 3)
     assert max(case["temporaries"] for case in cases) < 1 << 29
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["v2.5", "lite"])
-@pytest.mark.parametrize("kernel", ["router", "norm of", "latents"])
-def test_rows(tmp_path, model, kernel):
-    _check(_compiled(tmp_path, model, kernel), 1)

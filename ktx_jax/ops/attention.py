@@ -121,8 +121,8 @@ def mla_values(
     scale: float,
     tile: int,
 ) -> Float[Array, "T H V"]:
-    """`mla_attention` from queries to values with k_b `[H, R, N]` and v_b `[H, V, R]`, on the GPU kernels:
-    the first N columns of q meet k_b.
+    """`mla_attention` from queries, whose first N columns meet k_b `[H, R, N]`, to v_b's values `[H, V, R]`, on the GPU
+    kernels.
 
     Sequences with many tokens here attend in expanded form, the others absorbed: each by its own numbers, so that a
     row's result does not depend on the others'. Only for what `expands` takes.
