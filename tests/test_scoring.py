@@ -264,7 +264,7 @@ def test_a_word_that_the_seam_cuts_is_scored():
         (lambda llm: llm.score([([3], [4]), ([3], [999_999])]), "sequence 1: token id 999999"),
         (lambda llm: llm.perplexity(b"the text of a file " * 30, 16), "found bytes"),
         (lambda llm: llm.generate(b"the text"), "found bytes"),
-        (lambda llm: llm.perplexity("", 16), "too short for a window of 16 tokens"),
+        (lambda llm: llm.perplexity("", 16), "too few for a window of 16"),
         (lambda llm: llm.perplexity([3] * 900, CONTEXT + 2), f"window of {CONTEXT + 2} .* context of {CONTEXT}"),
         (lambda llm: llm.perplexity([3] * 9, 2), "window should be at least 3 without a stride"),
     ],

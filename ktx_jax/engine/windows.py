@@ -143,8 +143,7 @@ def perplexity_windows(tokenizer: Tokenizer, text: Text, window: int, stride: in
     whole = np.asarray(_ids(tokenizer, text, True), np.int32)
     if len(whole) < window:
         raise KtxError(
-            f"the text is too short for a window of {window} tokens: its length is {len(whole)} "
-            "(give a longer text, or a smaller window)"
+            f"the text has {len(whole)} tokens, too few for a window of {window}: give more text, or a smaller window"
         )
     if stride is None:
         windows = whole[: len(whole) // window * window].reshape(-1, window).copy()
