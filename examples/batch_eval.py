@@ -25,6 +25,8 @@ def windows(llm: LLM, text: str) -> np.ndarray:
     """The text as rows of `LENGTH` tokens, whole batches of them."""
     ids = np.asarray(llm.encode(text), np.int32)
     count = len(ids) // LENGTH // BATCH * BATCH
+    if not count:
+        raise SystemExit(f"the text has {len(ids)} tokens; a batch is {BATCH} windows of {LENGTH}: give a longer one")
     return ids[: count * LENGTH].reshape(-1, BATCH, LENGTH)
 
 
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--text", type=Path, help="a text file [default: Python's help topics]")
     parser.add_argument("--out", type=Path, default=Path("batch_eval.png"), help="the figure")
     options = parser.parse_args(arguments)
-    text = options.text.read_text() if options.text else "\n".join(topics.values())[:30_000]
+    text = options.text.read_text("utf-8") if options.text else "\n".join(topics.values())[:30_000]
     llm = LLM(options.model, implementation="xla", dtype="float32", context=LENGTH, batch=1)
     nats = evaluate(llm, text)
     draw(nats, options.out)

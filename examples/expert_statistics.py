@@ -32,6 +32,8 @@ def expert_shares(llm: LLM, text: str) -> np.ndarray:
 
     ids = np.asarray(llm.encode(text), np.int32)
     rows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    if not rows.size:
+        raise SystemExit(f"the text has {len(ids)} tokens; a window is {LENGTH}: give a longer one")
     return sum(np.asarray(counts(params, row)) for row in rows) / rows.size
 
 
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> np.ndarray:
     parser.add_argument("--text", type=Path, help="a text file [default: Python's help topics]")
     parser.add_argument("--out", type=Path, default=Path("expert_statistics.png"), help="the figure")
     options = parser.parse_args(arguments)
-    text = options.text.read_text() if options.text else "\n".join(topics.values())[:30_000]
+    text = options.text.read_text("utf-8") if options.text else "\n".join(topics.values())[:30_000]
     llm = LLM(options.model, implementation="xla", dtype="float32", context=LENGTH, batch=1)
     shares = expert_shares(llm, text)
     draw(shares, llm, options.out)

@@ -86,7 +86,7 @@ def draw(norms: np.ndarray, words: list[str], losses: np.ndarray, path: Path) ->
     left.set(ylabel="layer", title=f"what {TARGET!r} depends on", yticks=range(len(norms)))
     figure.colorbar(shown, ax=left, label="gradient, of the layer's largest")
     right.plot(losses)
-    right.set(xlabel="step", ylabel="nats a token", title=f"a soft prompt for {WISH!r}")
+    right.set(xlabel="step", ylabel="nats a token", title=f"a soft prompt for\n{WISH!r}")
     figure.savefig(path, dpi=150)
 
 

@@ -3,7 +3,6 @@
 
 import logging
 import numbers
-import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from ktx_jax.engine.reply import Chunk, follow
 from ktx_jax.engine.requests import FinishReason, Request, SamplingParams, TokenLogprob
 from ktx_jax.engine.scoring import Score
 from ktx_jax.engine.stage import Dtypes
-from ktx_jax.engine.windows import Perplexity, pair_window, perplexity_windows, rolling_windows
+from ktx_jax.engine.windows import Perplexity, pair_windows, perplexity_windows, rolling_windows, token_ids
 from ktx_jax.errors import KtxError
 from ktx_jax.execution import choose_implementations, dtype_of, limits_of, set_cpu_threads, use_compilation_cache
 from ktx_jax.gguf.architecture import check_architecture
@@ -143,7 +142,7 @@ class LLM:
             self.path = Path(path)
             self.config = config_from_gguf(gguf.metadata, gguf.tensors, override=override, file=str(path))
             longest = self.config.max_position_embeddings
-            wanted = Sizes(context or min(DEFAULT_CONTEXT, longest), batch, dtype)
+            wanted = Sizes(min(DEFAULT_CONTEXT, longest) if context is None else context, batch, dtype)
             self.plan = plan_run(gguf, self.config, rules, devices, wanted, implementation=implementations.devices)
             limits = limits_of(self.plan, implementations, cache_tokens)
             self.tokenizer = Tokenizer.from_gguf(gguf)
@@ -217,7 +216,7 @@ class LLM:
     def score(
         self, pairs: Sequence[tuple[Prompt, Prompt]], done: Callable[[int, Score], object] | None = None
     ) -> list[Score]:
-        """How likely each continuation is after its context: pairs of texts or token ids, see `pair_window`.
+        """How likely each continuation is after its context: pairs of texts or token ids, see `pair_windows`.
 
         Beginnings that pairs share are computed once, and all is packed into full steps, in whatever order. `done` is
         called with a pair's place and score as soon as it is known.
@@ -225,11 +224,11 @@ class LLM:
         Raises:
           KtxError: a pair does not fit the context, or its context has no token. Nothing has been computed then.
         """
-        return self.score_windows([pair_window(self.tokenizer, *pair) for pair in pairs], done)
+        return self.score_windows(pair_windows(self.tokenizer, pairs), done)
 
-    def rolling(self, texts: Sequence[Prompt]) -> list[Score]:
+    def rolling(self, texts: Prompt | Sequence[Prompt]) -> list[Score]:
         """How likely each text is from its beginning on; one longer than the context window by window."""
-        windows = [rolling_windows(self.tokenizer, text, self._engine.limits.context) for text in texts]
+        windows = [rolling_windows(self.tokenizer, text, self._engine.limits.context) for text in _as_list(texts)]
         scores = iter(self.score_windows([window for some in windows for window in some]))
         return [Score.join([next(scores) for _ in some]) for some in windows]
 
@@ -238,7 +237,13 @@ class LLM:
 
         See `perplexity_windows`; raises `KtxError` as that does, or if a window is longer than the context.
         """
-        scores = self.score_windows(perplexity_windows(self.tokenizer, text, window, stride))
+        windows = perplexity_windows(self.tokenizer, text, window, stride)
+        if windows[0].length > self.context:
+            raise KtxError(
+                f"a window of {window} tokens does not fit the context of {self.context}: "
+                f"load the model with `context={window}`, or give a smaller window"
+            )
+        scores = self.score_windows(windows)
         return Perplexity.of([score.logprobs for score in scores])
 
     def score_windows(
@@ -272,7 +277,7 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with its special tokens added, ids as they are."""
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(token) for token in prompt]
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
 
     def encode_chat(self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids of a conversation, up to where the reply begins.
@@ -298,8 +303,10 @@ class LLM:
 
         Raises:
           KtxError: the model runs in several stages. From the function: no module has such a path, or it has no value
-            of its own.
+            of its own; `tokens` is not one sequence of ids.
         """
+        if isinstance(capture, str):
+            raise KtxError(f"capture should be a list of paths; found the text {capture!r}")
         if len(self._model.stages) > 1:
             raise KtxError("functional() needs a model in one stage: load it with other rules, or none")
         model, dtype = self._model, self.dtype
@@ -318,6 +325,8 @@ class LLM:
             with tracing(added) as trace:
                 logits = causal_logits(whole, tokens, dtype=dtype)
             check_seen(trace.seen, (*capture, *added))
+            if patterns := sorted(path for path in added if path not in trace.seen):
+                raise KtxError(f"`added` takes whole paths of modules; found {patterns[0]!r}")
             wanted = {path: value for path, value in trace.seen.items() if any(fnmatch_all([path], p) for p in capture)}
             return (logits, wanted) if capture else logits
 
@@ -330,6 +339,12 @@ class LLM:
             )  # fmt: skip
 
         def fn(params: Any, tokens: Int[Array, " T"], added: Mapping[str, Array] | None = None) -> Any:
+            tokens = jnp.asarray(tokens)
+            if tokens.ndim != 1 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+                raise KtxError(
+                    f"tokens should be the ids of one sequence, whole numbers [T]; found {tokens.dtype} "
+                    f"{list(tokens.shape)} (jax.vmap maps the function over a batch)"
+                )
             return traced(params, tokens, added or {})
 
         return fn, params
@@ -351,7 +366,7 @@ def _completion(request: Request, chunks: Sequence[Chunk]) -> Completion:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | bytes):
         return [prompts]
     whole: list[Any] = list(prompts)
     return [whole] if whole and isinstance(whole[0], numbers.Integral) else whole

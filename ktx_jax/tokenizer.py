@@ -40,7 +40,6 @@ class Tokenizer:
         vocab_size: number of ids.
         bos_id: the beginning-of-text id, or None where the file names none.
         eos_id: the end-of-text id, or None where the file names none.
-        eos_id: the end-of-text id, or None where the file names none.
         eos_ids: the ids that end a text or a turn, `eos_id` among them.
         special_ids: control tokens: never part of a text, skipped when decoding unless asked for.
     """
@@ -79,7 +78,6 @@ class Tokenizer:
         ends = (_token_id(metadata, key, self.vocab_size) for key in _END_KEYS)
         self.eos_ids = frozenset(i for i in ends if i is not None)
         self._prefix = [self.bos_id] if self.bos_id is not None and _flag(metadata, "add_bos_token", True) else []
-        self.eos_id = _token_id(metadata, "eos_token_id", self.vocab_size)
         self._suffix = [self.eos_id] if self.eos_id is not None and _flag(metadata, "add_eos_token", False) else []
         self._build_encoders(metadata, types)
 

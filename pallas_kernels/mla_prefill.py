@@ -34,7 +34,7 @@ _NONE = -1e30
 
 
 def mla_prefill_reference(
-    q_nope: BFloat16[Array, "T H N"],
+    q: BFloat16[Array, "T H columns"],
     q_rope: BFloat16[Array, "T H P"],
     k_b: Int32[Array, "H n k rows 64"],
     v_b: Int32[Array, "H m l rows2 64"],
@@ -47,14 +47,14 @@ def mla_prefill_reference(
 ) -> Float[Array, "T H V"]:
     """`mla_prefill` in its absorbed form, in float32 throughout, with the weights rounded to bfloat16."""
     dense = [dequantize(w, n).astype(jnp.bfloat16).astype(jnp.float32) for w, n in zip((k_b, v_b), names, strict=True)]
-    q_latent = jnp.einsum("thn,hrn->thr", q_nope.astype(jnp.float32), dense[0], precision="highest")
+    q_latent = jnp.einsum("thn,hrn->thr", q[..., :HEAD].astype(jnp.float32), dense[0], precision="highest")
     mixed = mla_attention_reference(q_latent, q_rope, pages, block_table, sequence, positions, scale)
     return jnp.einsum("thr,hvr->thv", mixed, dense[1], precision="highest")
 
 
 @jax.jit(static_argnames=("names", "scale", "interpret"))
 def mla_prefill(
-    q_nope: Float[Array, "T H N"],
+    q: Float[Array, "T H columns"],
     q_rope: Float[Array, "T H P"],
     k_b: Int32[Array, "H n k rows 64"],
     v_b: Int32[Array, "H m l rows2 64"],
@@ -71,7 +71,7 @@ def mla_prefill(
     Products take bfloat16 operands (the weights of the sum included); scores, softmax and sums are float32.
 
     Args:
-      q_nope, q_rope: queries, the part against keys made from latents, and the rotated part.
+      q: queries, whose first 128 columns meet keys that are made from latents; q_rope: the rotated part.
       k_b, v_b: records of the types `names`, of `[H, 512, 128]` and `[H, 128, 512]`.
       pages: one layer's cache, each row the latent, then the rotated key; bfloat16 or its bits. What lies beyond a
         sequence's last position is not used, whatever it is.
@@ -84,10 +84,10 @@ def mla_prefill(
     latents other than 512 + 64.
     """
     shapes = [format_of(n).weight_shape(w.shape) for n, w in zip(names, (k_b, v_b), strict=True)]
-    _check(q_nope, q_rope, shapes[0], shapes[1], pages)
-    tokens, heads, _ = q_nope.shape
+    _check(q, q_rope, shapes[0], shapes[1], pages)
+    tokens, heads, _ = q.shape
     tile, blocks = ROWS // plan.run.shape[1], plan.run.shape[0]
-    queries = tuple(q.reshape(tokens // tile, tile, -1) for q in (q_nope, q_rope))
+    queries = tuple(x.reshape(tokens // tile, tile, -1) for x in (q, q_rope))
     pages = lax.bitcast_convert_type(pages, jnp.bfloat16) if pages.dtype == jnp.uint16 else pages
     out = mosaic.mutable(into.astype(jnp.bfloat16).reshape(tokens // tile, tile, heads * HEAD))
     kept = (
@@ -113,15 +113,15 @@ def obstacle(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> str | None:
     return None
 
 
-def _check(q_nope: jax.Array, q_rope: jax.Array, k_b: tuple[int, ...], v_b: tuple[int, ...], pages: jax.Array) -> None:
+def _check(q: jax.Array, q_rope: jax.Array, k_b: tuple[int, ...], v_b: tuple[int, ...], pages: jax.Array) -> None:
     if (why := obstacle(k_b, v_b)) is not None:
         raise NotImplementedError(why)
-    if (q_nope.shape[-1], q_rope.shape[-1], pages.shape[-1]) != (HEAD, _ROPE, RANK + _ROPE):
-        found = f"{q_nope.shape[-1]} + {q_rope.shape[-1]} and rows of {pages.shape[-1]}"
+    if q.shape[-1] < HEAD or (q_rope.shape[-1], pages.shape[-1]) != (_ROPE, RANK + _ROPE):
+        found = f"{q.shape[-1]} + {q_rope.shape[-1]} and rows of {pages.shape[-1]}"
         wanted = f"{HEAD} + {_ROPE} and rows of {RANK + _ROPE}"
         raise NotImplementedError(f"the kernel takes queries of {wanted}, not {found}")
-    if q_nope.dtype != jnp.bfloat16 or pages.dtype not in (jnp.bfloat16, jnp.uint16):
-        raise NotImplementedError(f"the kernel takes bfloat16, not queries {q_nope.dtype} and a cache {pages.dtype}")
+    if q.dtype != jnp.bfloat16 or pages.dtype not in (jnp.bfloat16, jnp.uint16):
+        raise NotImplementedError(f"the kernel takes bfloat16, not queries {q.dtype} and a cache {pages.dtype}")
 
 
 def _gathered(
@@ -138,14 +138,14 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
     """Adds a range of keys to the sums of every block, and puts the values of those that end into `out`.
 
     Args:
-      operands: queries `[runs, tile, H * 128]` and `[runs, tile, H * 64]`; the plan's positions, runs, and spans of
+      operands: queries `[runs, tile, H * columns]` and `[runs, tile, H * 64]`; the plan's positions, runs, and spans of
         this range; keys `[K, H * 128]`, rotated keys `[K, 64]`, values `[K, H * 128]`.
       out: `[runs, tile, H * 128]`.
       kept: of blocks that neither begin nor end here, sums `[blocks, 128, H * 128]`, and the largest scores (in powers
         of two) and sums of weights `[2, blocks, H, 128]`.
     """
     (runs, tile, width), (blocks, each) = operands[0].shape, operands[3].shape
-    heads = width // HEAD
+    heads = operands[-1].shape[1] // HEAD
 
     def body(*refs: Ref) -> None:
         q_g, q_rotated_g, at_g, run_g, spans_g, keys_g, rotated_g, values_g, out_g, sums_g, rows_g, *shared = refs
@@ -155,6 +155,7 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
         block = blocks - 1 - lax.axis_index("block")  # those with most positions first
         first, start, count, seen, marks = (spans_g[block, i] for i in range(5))
         columns, rotated_columns = pl.ds(head * HEAD, HEAD), pl.ds(head * _ROPE, _ROPE)
+        query = pl.ds(head * (width // heads), HEAD)
 
         def copy() -> None:
             mosaic.keep_registers(40, False, interpret)
@@ -163,7 +164,7 @@ def _attend(operands: tuple, out: Ref, kept: tuple[Ref, Ref], *, scale: float, i
             @pl.loop(0, each)
             def _(j: jax.Array) -> None:
                 run, rows = jnp.minimum(run_g[block, j], runs - 1), pl.ds(j * tile, tile)
-                plgpu.copy_gmem_to_smem(q_g.at[run, :, columns], q_s.at[rows], q_here)
+                plgpu.copy_gmem_to_smem(q_g.at[run, :, query], q_s.at[rows], q_here)
                 plgpu.copy_gmem_to_smem(q_rotated_g.at[run, :, rotated_columns], q_rotated_s.at[rows], q_here)
 
             @pl.loop(0, count)

@@ -30,6 +30,7 @@ def write_tasks(folder: Path) -> list[str]:
         ],
         "texts": [{"text": text} for text in TEXTS],
         "replies": [{"question": stem, "answer": "is raised"} for stem in STEMS[:3]],
+        "raised": [{"question": stem, "answer": "is raised"} for stem in STEMS],
     }
     for name, rows in documents.items():
         (folder / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
@@ -41,6 +42,12 @@ def write_tasks(folder: Path) -> list[str]:
             "doc_to_choice": "{{choices}}",
             "doc_to_target": "{{answer}}",
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        "raised": {
+            "output_type": "loglikelihood",
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "{{answer}}",
+            "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
         },
         "texts": {
             "output_type": "loglikelihood_rolling",

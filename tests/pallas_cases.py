@@ -123,6 +123,7 @@ def prompt_case(spans, page, heads, tile=16, padding=0, seed=2):
     sequence, positions = prompt_tokens(spans, tile, padding)
     dead = (positions < 0)[:, None, None]
     queries = [jnp.where(dead, jnp.nan, random_rows((len(positions), heads, n), rng)) for n in (128, 64)]
+    queries[0] = jnp.pad(queries[0], ((0, 0), (0, 0), (0, 64)), constant_values=jnp.nan)  # where q was rotated
     into = jnp.full((len(positions), heads, 128), 7, jnp.bfloat16)
     return (
         *queries,

@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from golden_models import small_llm
@@ -10,6 +11,12 @@ from golden_models import small_llm
 from ktx_jax.errors import KtxError
 
 TOKENS = jnp.arange(3, 15)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without runtime type checks, as it is where people work."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +89,29 @@ def test_a_wrong_path_is_an_error(path, message):
     fn, params = small_llm().functional(capture=[path])
     with pytest.raises(KtxError, match=message):
         fn(params, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"), [([[1, 2], [3, 4]], r"int32 \[2, 2\]"), ([1.0], r"float32 \[1\]"), ([], r"\[0\]")]
+)
+def test_tokens_that_are_no_sequence_are_an_error(unchecked, tokens, found):
+    fn, params = small_llm().functional()
+    with pytest.raises(KtxError, match=rf"one sequence, whole numbers \[T\]; found .*{found} \(jax.vmap"):
+        fn(params, jnp.asarray(tokens))
+
+
+def test_ids_in_a_list(unchecked, plain):
+    fn, params = small_llm().functional()
+    np.testing.assert_allclose(jax.jit(fn)(params, TOKENS.tolist()), plain, atol=1e-5)
+
+
+def test_a_pattern_is_no_place_to_add_to():
+    """It would match, and nothing would be added."""
+    fn, params = small_llm().functional()
+    with pytest.raises(KtxError, match=r"whole paths of modules; found 'model.layers.\*'"):
+        fn(params, TOKENS, {"model.layers.*": jnp.zeros(())})
+    with pytest.raises(KtxError, match=r"a list of paths; found the text .model\.norm."):
+        small_llm().functional(capture="model.norm")  # a sequence of texts too
 
 
 def test_nothing_can_be_added_to_ids():

@@ -122,13 +122,13 @@ def test_drawn_tokens_are_the_most_likely_of_the_logits(engine, llm):
 def test_logits_are_there_for_some_rows_at_a_time(count, most):
     seen = []
 
-    def ending(rows):
+    def f(rows):
         x, extra = rows
         seen.append(x.shape[0])
         return x.sum(axis=-1) > extra, {"each": x * 2, "none": None}
 
     x, extra = np.random.default_rng(0).standard_normal((count, 3)).astype(np.float32), np.zeros(count, np.float32)
-    large, rest = jax.jit(lambda *rows: by_rows(ending, rows))(x, extra)
+    large, rest = jax.jit(lambda *rows: by_rows(f, rows))(x, extra)
     np.testing.assert_array_equal(large, x.sum(-1) > 0)
     np.testing.assert_array_equal(rest["each"], 2 * x)
     assert set(seen) == {most}

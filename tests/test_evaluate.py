@@ -19,10 +19,15 @@ import pytest
 from gguf import GGMLQuantizationType as T
 from golden_models import golden_llm, token_kl
 
+from ktx_jax.commands.common import ModelOptions, print_json
+from ktx_jax.commands.compare import compare as compare_command
 from ktx_jax.errors import KtxError
 from ktx_jax.evaluate.compare import COLUMNS, Distances, compare, draw_comparison, measure_distances
+from ktx_jax.evaluate.identity import model_identity
 from ktx_jax.evaluate.journal import Journal
+from ktx_jax.evaluate.perplexity import perplexity_run
 from ktx_jax.evaluate.verify import check_fast_path, check_perplexity, check_shape
+from ktx_jax.gguf.reader import open_gguf
 from ktx_jax.gguf.writer import TensorSource, write_gguf
 from ktx_jax.llm import LLM
 from ktx_jax.presets import SHAPES, preset_config
@@ -78,13 +83,71 @@ def test_compare_resumes(models, tmp_path):
         again = compare(*models, TEXT, WINDOW, journal, lambda done, total: calls.append(done / total))
     for name in COLUMNS:
         np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+    assert calls[0] == pytest.approx(3 * calls[1] / 4)  # what is there is no progress of this run
     assert calls[-1] == 1
     assert len(path.read_text().splitlines()) == len(lines)
+
+
+def test_results_of_other_weights_in_a_file_of_the_same_name_are_refused(models, tmp_path):
+    """A model made anew, in another folder: the same name, the same size, the same configuration."""
+    changed, path = "blk.3.ffn_down_exps.weight", tmp_path / Q8.name
+    with open_gguf(Q8) as gguf:
+        tensors = [
+            TensorSource(name, t.shape, t.ggml_type, np.roll(gguf.blocks(name), int(name == changed), axis=0))
+            for name, t in gguf.tensors.items()
+        ]
+        write_gguf(path, gguf.metadata, tensors)
+    other = load(path)
+    Journal(tmp_path / "p.jsonl", perplexity_run(models[0], TEXT, WINDOW, None)).close()
+    with pytest.raises(KtxError, match="results of another run: perplexity weights was"):
+        Journal(tmp_path / "p.jsonl", perplexity_run(other, TEXT, WINDOW, None), resume=True)
+    assert model_identity(models[0]) == model_identity(load(Q8))
 
 
 def test_compare_refuses_other_vocabularies(models, tmp_path):
     with pytest.raises(KtxError, match="different vocabularies"):
         compare(models[0], golden_llm("lite"), TEXT, WINDOW, Journal(None, {}))
+
+
+def test_compare_refuses_a_tokenizer_that_differs_late_in_the_text(models, tmp_path):
+    path = tmp_path / "other.gguf"
+    with open_gguf(Q8) as gguf:
+        tensors = [TensorSource(name, t.shape, t.ggml_type, gguf.blocks(name)) for name, t in gguf.tensors.items()]
+        tokens = list(gguf.metadata["tokenizer.ggml.tokens"])
+        a, b = tokens.index("!"), tokens.index("~")
+        tokens[a], tokens[b] = tokens[b], tokens[a]
+        write_gguf(path, {**gguf.metadata, "tokenizer.ggml.tokens": tokens}, tensors)
+    other = load(path)
+    text = "the same words " * 1000
+    windows = len(models[0].encode(text)) // WINDOW
+    journal = Journal(None, {})
+    for at in range(windows + 1):
+        journal.add(str(at), [[0.0]] * len(COLUMNS))
+    assert len(compare(models[0], other, text, WINDOW, journal).kl) == windows
+    with pytest.raises(KtxError, match="different vocabularies"):
+        compare(models[0], other, text[:12_000] + "!" * 9 + text[12_000:], WINDOW, journal)
+
+
+def test_one_token_has_no_error():
+    summary = Distances(*np.zeros((4, 1))).summary()
+    assert summary["tokens"] == 1
+    assert all(np.isnan(value) for name, value in summary.items() if name.endswith("_error"))
+
+
+def test_what_is_no_number_is_null_in_json(capsys):
+    print_json({"error": float("nan"), "rows": [1.5, float("-inf")], "name": "NaN"})
+    assert capsys.readouterr().out == '{"error": null, "rows": [1.5, null], "name": "NaN"}\n'
+
+
+def test_a_plot_that_cannot_be_drawn_is_an_error_before_any_work(text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("ktx_jax.commands.compare.load_llms", lambda *a: pytest.fail("models were loaded"))
+    options = ModelOptions(Q8)
+    for plot, message in ((tmp_path / "a.foo", "should end in .*png"), (tmp_path / "no" / "a.png", "not a folder")):
+        with pytest.raises(KtxError, match=message):
+            compare_command(options, options, text_file, WINDOW, None, False, plot, False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(KtxError, match=re.escape("pip install 'ktx-jax[plot]'")):
+        compare_command(options, options, text_file, WINDOW, None, False, tmp_path / "a.png", False)
 
 
 def test_a_model_is_no_distance_from_itself():

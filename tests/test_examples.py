@@ -41,6 +41,13 @@ def test_batch_eval_is_a_plain_short_script(text, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("example", [batch_eval, expert_statistics])
+def test_a_text_that_is_too_short_says_so(example, tmp_path):
+    (tmp_path / "short.txt").write_text("The")
+    with pytest.raises(SystemExit, match=r"the text has 2 tokens; .* give a longer one"):
+        example.main(["--text", str(tmp_path / "short.txt"), "--out", str(tmp_path / "figure.png")])
+
+
 def test_a_soft_prompt_is_learned(tmp_path):
     losses = functional_api.main(["--steps", "12", "--out", str(tmp_path / "figure.png")])
     assert losses[-1] < losses[0] / 2

@@ -248,6 +248,7 @@ def test_chat(llm):
     [
         ({"dtype": "float16"}, "float32, bfloat16"),
         ({"implementation": "magic"}, "xla"),
+        ({"context": 0}, "from 2 to the model's 163840"),
         ({"context": 1}, "from 2 to the model's 163840"),
         ({"context": 163841}, "from 2 to the model's 163840"),
         ({"batch": 0}, "at least 1"),

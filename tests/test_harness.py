@@ -12,7 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from eval_tasks import write_tasks  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.loggers import EvaluationTracker  # noqa: E402
 
+from ktx_jax import cli  # noqa: E402
 from ktx_jax.errors import KtxError  # noqa: E402
 from ktx_jax.evaluate.harness import HarnessLM, run_tasks, table  # noqa: E402
 from ktx_jax.llm import LLM  # noqa: E402
@@ -35,8 +37,8 @@ def tasks(tmp_path_factory) -> Path:
     return folder
 
 
-def run(llm: LLM, tasks: Path, out: Path, **options):
-    return run_tasks(llm, ["ktx_choices", "ktx_texts", "ktx_replies"], out, include_path=tasks, **options)
+def run(llm: LLM, tasks: Path, out: Path, names=("ktx_choices", "ktx_texts", "ktx_replies"), **options):
+    return run_tasks(llm, names, out, include_path=tasks, **options)
 
 
 def instance(kind: str, *arguments) -> Instance:
@@ -44,7 +46,9 @@ def instance(kind: str, *arguments) -> Instance:
 
 
 def test_results_as_lm_eval_writes_them_and_resumed(llm, tasks, tmp_path, monkeypatch):
-    whole = run(llm, tasks, tmp_path / "whole")
+    beside: set[str] = set()
+    whole = run(llm, tasks, tmp_path / "whole", advance=lambda *_: beside.update(os.listdir(tmp_path / "whole")))
+    assert beside == {"answers.jsonl"}  # a kill leaves nothing else
     assert set(whole["results"]) == {"ktx_choices", "ktx_texts", "ktx_replies"}
     [results] = (tmp_path / "whole").rglob("results_*.json")
     assert json.loads(results.read_text())["results"].keys() == whole["results"].keys()
@@ -68,9 +72,49 @@ def test_results_as_lm_eval_writes_them_and_resumed(llm, tasks, tmp_path, monkey
     assert run(llm, tasks, tmp_path / "cut", resume=True)["results"].keys() == whole["results"].keys()
 
 
-def test_an_unknown_task_is_an_error(llm, tmp_path):
+def test_an_unknown_task_is_an_error(llm, tasks, tmp_path):
     with pytest.raises(KtxError, match="knows no task ktx_nothing"):
         run_tasks(llm, ["ktx_nothing"], tmp_path)
+    with pytest.raises(KtxError, match="nowhere: no such folder"):
+        run_tasks(llm, ["ktx_choices"], tmp_path, include_path=tmp_path / "nowhere")
+    with pytest.raises(KtxError, match="knows no task ktx_nothing"):
+        run(llm, tasks, tmp_path, names=["ktx_nothing"])
+    run(llm, tasks, tmp_path, names=["ktx_choices"])  # the folder is still free
+
+
+def test_results_that_were_not_written_are_an_error(llm, tasks, tmp_path, monkeypatch):
+    """lm-eval goes on where the disk is full."""
+    monkeypatch.setattr(EvaluationTracker, "save_results_samples", lambda self, task_name, samples: None)
+    with pytest.raises(KtxError, match=r"could not write its results .* --resume"):
+        run(llm, tasks, tmp_path, names=["ktx_choices"])
+    monkeypatch.undo()
+    run(llm, tasks, tmp_path, names=["ktx_choices"], resume=True)
+    assert len(list(tmp_path.rglob("samples_*.jsonl"))) == 1
+
+
+def test_standard_output_is_the_results(llm, tasks, tmp_path, monkeypatch, capfd):
+    """Of a metric, too, whose standard error lm-eval finds by bootstrapping, which it tells, and forks for."""
+    monkeypatch.setattr("ktx_jax.commands.eval.load_llm", lambda options: llm)
+    monkeypatch.setattr("os.fork", lambda: pytest.fail("this process has threads"))
+    main = [
+        "eval",
+        str(TINY),
+        "--tasks",
+        " ktx_raised, ",
+        "--include-path",
+        str(tasks),
+        "--out",
+        str(tmp_path),
+        "--json",
+    ]
+    with pytest.raises(SystemExit) as end:
+        cli.main(main)
+    said = capfd.readouterr()
+    assert end.value.code == 0, said.err
+    assert json.loads(said.out)["ktx_raised"]["perplexity,none"] > 1
+    with pytest.raises(SystemExit) as end:
+        cli.main(["eval", str(TINY), "--tasks", ","])
+    assert (end.value.code, "names no task" in capfd.readouterr().err) == (2, True)
 
 
 def test_replies_end_at_stop_texts_and_draws_differ(llm):
@@ -85,6 +129,16 @@ def test_replies_end_at_stop_texts_and_draws_differ(llm):
     assert HarnessLM(llm).generate_until(asked) == [first, same, one, other]
     with pytest.raises(KtxError, match="leaves none"):
         model.generate_until([instance("generate_until", "The", {"max_gen_toks": 128})])
+
+
+def test_a_word_that_the_seam_cuts_is_not_certain(llm):
+    """Together they are fewer tokens than the context alone."""
+    model, pair = HarnessLM(llm), ("The func", "tion")
+    assert len(llm.tokenizer.encode("".join(pair))) < len(llm.tokenizer.encode(pair[0]))
+    [(value, greedy)] = model.loglikelihood([instance("loglikelihood", *pair)])
+    assert value == pytest.approx(llm.score([pair])[0].logprob, abs=1e-4)
+    assert value < -1
+    assert not greedy
 
 
 def test_too_long_a_context_keeps_its_end(llm):

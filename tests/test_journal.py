@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results that survive: whatever is killed wherever, a resumed run has each result once."""
 
+import errno
 import json
+import os
 import random
 import subprocess
 import sys
@@ -73,10 +75,13 @@ def test_killed_twenty_times(tmp_path):
 @pytest.mark.parametrize(
     ("content", "resume", "message"),
     [
-        ('{"run": {"model": "a", "window": 3}}\n', False, "holds results already: --resume"),
+        ('{"run": {"model": "a", "window": 3}}\n["a", 1]\n', False, "holds results: --resume"),
         ('{"run": {"model": "b", "window": 3}}\n', True, 'another run: model was "b", now "a"'),
-        ('{"run": {"model": "a"}}\n', True, "another run: window was null, now 3"),
-        ("Once upon a time\n", True, "line 1: not a result of ktx-jax"),
+        ('{"run": {"model": "a"}}\n', True, "another run: window was not given, now 3"),
+        ('{"run": {"model": ["a"], "window": 3}}\n', True, 'another run: model was given, now "a"'),
+        ("Once upon a time\n", True, "does not hold results"),
+        ("Once upon a time\n", False, "does not hold results"),
+        ('{"run": \n["a", 1]\n', True, "line 1: not a result of ktx-jax"),
         ("Once upon a time", True, "does not hold results"),
         ('{"model": 1}\n', True, "does not hold results"),
         ('{"run": {"model": "a", "window": 3}}\n[1, 2]\n', True, "line 2: not a result"),
@@ -89,6 +94,56 @@ def test_another_file_is_left_alone(tmp_path, content, resume, message):
     with pytest.raises(KtxError, match=message):
         Journal(path, RUN, resume=resume)
     assert path.read_text() == content
+
+
+def test_a_run_that_came_to_no_result_is_in_nobodys_way(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for content in ("", '{"ru', '{"run": {"model": "b"}}\n', '{"run": {"model": "b"}}\n["a", 1'):
+        path.write_text(content)
+        with Journal(path, RUN) as journal:
+            assert len(journal) == 0
+            journal.add("a", 1)
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [{"run": RUN}, ["a", 1]]
+
+
+def test_what_differs_is_told_by_its_place(tmp_path):
+    path = tmp_path / "results.jsonl"
+    before = {"compare": [{"dtype": "float32"}, {"dtype": "float32", "files": {"x": 1}}], "text": "t"}
+    Journal(path, before).close()
+    now = {"compare": [{"dtype": "float32"}, {"dtype": "bfloat16", "files": {"y": 2}}], "text": "u"}
+    with pytest.raises(KtxError, match='another run: compare 2 dtype was "float32", now "bfloat16"'):
+        Journal(path, now, resume=True)
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    """What the system lets through before it refuses is a line that was cut."""
+    path = tmp_path / "results.jsonl"
+    with Journal(path, RUN) as journal:
+        journal.add("a", 1)
+        monkeypatch.setattr(os, "write", full_after(4, os.write))
+        with pytest.raises(KtxError, match=r"results.jsonl: a result cannot be written: No space left"):
+            journal.add("b", 2)
+        assert "b" not in journal
+    monkeypatch.undo()
+    with Journal(path, RUN, resume=True) as journal:
+        assert list(journal) == ["a"]
+
+
+def full_after(room: int, write):
+    def limited(file: int, data: bytes) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room -= (written := write(file, data[:room]))
+        return written
+
+    return limited
+
+
+def test_a_pipe_keeps_nothing(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(KtxError, match="pipe is not a file that keeps results"):
+        Journal(tmp_path / "pipe", RUN)
 
 
 def test_two_runs_do_not_write_one_file(tmp_path):

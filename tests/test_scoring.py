@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import ktx_ffi
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ktx_jax.engine.stage import Dtypes
 from ktx_jax.engine.step import Steps
 from ktx_jax.errors import KtxError
 from ktx_jax.llm import LLM
+from ktx_jax.resources import demo_model
 
 EXACT = 1e-5  # nats, in float32
 CONTEXT = SMALL_LIMITS.context
@@ -236,6 +238,47 @@ def test_pairs_of_texts(llm):
     assert llm.score([]) == []
     with pytest.raises(KtxError, match="context is empty"):
         llm.score([([], [5])])
+
+
+def test_a_word_that_the_seam_cuts_is_scored():
+    """Together the texts are fewer tokens than the context, as many, or more; the last is never nothing."""
+    llm = LLM(demo_model(), context=64, batch=1, dtype="float32", implementation="xla")
+    for context, continuation in (("The func", "tion"), ("obj", "ect"), ("retur", "n x")):
+        head, whole = llm.encode(context), llm.encode(context + continuation)
+        start = next(at for at, token in enumerate(whole) if head[at : at + 1] != [token])
+        [score] = llm.score([(context, continuation)])
+        logits = np.float64(llm.logits(whole))
+        logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        right = [logprobs[i - 1, whole[i]] for i in range(start, len(whole))]
+        assert right, context
+        np.testing.assert_allclose(score.logprobs, right, atol=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda llm: llm.score(("The", " tin")), r"a list of \(context, continuation\); found at 0: 'The'"),
+        (lambda llm: llm.score([("a", "b"), ("a", "b", "c")]), "found at 1"),
+        (lambda llm: llm.score([("a", None)]), "expected a text .* found NoneType"),
+        (lambda llm: llm.score([([3.5], [4])]), "expected a text .* found list"),
+        (lambda llm: llm.score([([3], [4]), ([3], [999_999])]), "sequence 1: token id 999999"),
+        (lambda llm: llm.perplexity(b"the text of a file " * 30, 16), "found bytes"),
+        (lambda llm: llm.generate(b"the text"), "found bytes"),
+        (lambda llm: llm.perplexity("", 16), "too few for a window of 16"),
+        (lambda llm: llm.perplexity([3] * 900, CONTEXT + 2), f"window of {CONTEXT + 2} .* context of {CONTEXT}"),
+        (lambda llm: llm.perplexity([3] * 9, 2), "window should be at least 3 without a stride"),
+    ],
+)
+def test_what_cannot_be_scored_says_so(llm, ask, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is where people work
+    with pytest.raises(KtxError, match=message):
+        ask(llm)
+
+
+def test_one_text_is_a_list_of_one(llm):
+    assert llm.rolling("the tin")[0].logprob == llm.rolling(["the tin"])[0].logprob
+    assert len(llm.rolling([5, 6, 7])[0].logprobs) == 3
+    assert llm.perplexity([5, 6, 7], 2, 1).tokens == 2
 
 
 def test_rolling_scores_every_token_once(llm):

@@ -68,7 +68,10 @@ def eval_(
     from ktx_jax.commands.eval import EvalOptions, eval_
 
     options = model_options(model, loading, arithmetic, several, context=context, batch=batch)
-    wanted = EvalOptions(tasks.split(","), include_path, num_fewshot, limit, apply_chat_template, out, resume, as_json)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter("names no task", param_hint="--tasks")
+    wanted = EvalOptions(names, include_path, num_fewshot, limit, apply_chat_template, out, resume, as_json)
     return eval_(options, wanted)
 
 

@@ -2,7 +2,9 @@
 """What several commands share: loading with a progress bar, printing a reply as it comes, stopping on Ctrl-C."""
 
 import contextlib
+import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -156,6 +158,19 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise KtxError(f"{path}: cannot be read as text: {error}") from error
+
+
+def print_json(value: Any) -> None:
+    """Prints a result as one line of JSON; what is not a finite number there is null."""
+    print(json.dumps(_finite(value)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

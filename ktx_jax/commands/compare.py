@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ktx-jax compare`: what a quantization, an implementation or a dtype costs, by two models' answers to one text."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from ktx_jax.commands.common import ModelOptions, load_llms, notes, read_text, token_bar
+from ktx_jax.commands.common import ModelOptions, load_llms, notes, print_json, read_text, token_bar
 
 
 def compare(
@@ -15,10 +14,12 @@ def compare(
     as_json: bool,
 ) -> int:  # fmt: skip
     """Compares and prints a table, or JSON; returns the exit code."""
-    from ktx_jax.evaluate.compare import compare, compare_run, draw_comparison
+    from ktx_jax.evaluate.compare import blank_figure, compare, compare_run, draw_comparison
     from ktx_jax.evaluate.journal import Journal
 
     text = "" if a.follows else read_text(file)
+    if plot is not None and not a.follows:
+        blank_figure(plot)
     first, second = models = load_llms(a, b)
     run = compare_run(first, second, text, window)
     with Journal(out, run, resume=resume) as journal, token_bar("Comparing") as bar:
@@ -26,7 +27,7 @@ def compare(
     summary = distances.summary()
     names = [f"{llm.path.name}, {llm.implementation}, {llm.dtype.__name__}" for llm in models]
     if as_json:
-        print(json.dumps({"a": names[0], "b": names[1], "file": str(file), **summary}))
+        print_json({"a": names[0], "b": names[1], "file": str(file), **summary})
     else:
         _print(names, summary)
     if plot is not None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ktx-jax eval`: tasks of lm-evaluation-harness."""
 
-import json
+import contextlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ktx_jax.commands.common import ModelOptions, load_llm, token_bar
+from ktx_jax.commands.common import ModelOptions, load_llm, print_json, token_bar
 from ktx_jax.errors import KtxError
 
 
@@ -32,10 +33,14 @@ def eval_(options: ModelOptions, wanted: EvalOptions) -> int:
     from ktx_jax.evaluate.harness import run_tasks, table
 
     llm = load_llm(options)
-    with token_bar("Evaluating") as bar:
+    # Standard output is for the results alone: lm-eval prints to it what it is busy with.
+    with token_bar("Evaluating") as bar, contextlib.redirect_stdout(sys.stderr):
         results = run_tasks(
             llm, wanted.tasks, wanted.out, include_path=wanted.include_path, num_fewshot=wanted.num_fewshot,
             limit=wanted.limit, chat=wanted.chat, resume=wanted.resume, advance=bar,
         )  # fmt: skip
-    print(json.dumps(results["results"]) if wanted.as_json else table(results))
+    if wanted.as_json:
+        print_json(results["results"])
+    else:
+        print(table(results))
     return 0

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ktx-jax perplexity`: how surprised a model is by a text."""
 
-import json
 from pathlib import Path
 
-from ktx_jax.commands.common import ModelOptions, load_llm, read_text, token_bar
+from ktx_jax.commands.common import ModelOptions, load_llm, print_json, read_text, token_bar
 
 
 def perplexity(
@@ -20,7 +19,7 @@ def perplexity(
         result = measure_perplexity(llm, text, window, stride, journal, bar)
     if as_json:
         said = {"perplexity": result.value, "error": result.error, "nats": result.nats, "tokens": result.tokens}
-        print(json.dumps({"model": str(options.model), "file": str(file), "window": window, "stride": stride, **said}))
+        print_json({"model": str(options.model), "file": str(file), "window": window, "stride": stride, **said})
     else:
         print(f"perplexity {result.value:.4f} ± {result.error:.4f} over {result.tokens} tokens")
     return 0

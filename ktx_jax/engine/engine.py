@@ -127,17 +127,17 @@ class Engine:
             preemptions=scheduler.preemptions,
         )
 
-    def check_prompt(self, prompt: Sequence[int], *, room: int) -> list[int]:
-        """The prompt as a list, if it and `room` more tokens fit."""
+    def check_prompt(self, prompt: Sequence[int], *, room: int, name: str = "the prompt") -> list[int]:
+        """The prompt as a list, if it and `room` more tokens fit; errors call it `name`."""
         prompt, limit = [operator.index(token) for token in prompt], self.limits.context
         if not prompt:
-            raise KtxError("the prompt is empty: give at least one token")
+            raise KtxError(f"{name} is empty: give at least one token")
         if len(prompt) + room > limit:
             raise KtxError(
-                f"the prompt has {len(prompt)} tokens; a context of {limit} holds at most {limit - room} "
-                "(raise `context`, or shorten the prompt)"
+                f"{name} has {len(prompt)} tokens; a context of {limit} holds at most {limit - room} "
+                f"(raise `context`, or shorten {name})"
             )
-        self._check_ids("the prompt", prompt)
+        self._check_ids(name, prompt)
         return prompt
 
     def _check_ids(self, where: str, tokens: Iterable[int]) -> None:
@@ -219,11 +219,12 @@ class Engine:
         """Scores sequences; calls `done` with a sequence's place and its scores once it is complete, in any order.
 
         Raises:
-          KtxError: a sequence has no room or an unknown token. Nothing has been computed then.
+          KtxError: a sequence has no room or an unknown token; it is named by its place. Nothing has been computed
+            then.
         """
-        for one in wanted:
-            self.check_prompt(one.tokens[: one.length or 1].tolist(), room=0)
-            self.check_prompt(one.tokens[-1:].tolist(), room=0)
+        for at, one in enumerate(wanted):
+            self.check_prompt(one.tokens[: one.length or 1].tolist(), room=0, name=f"sequence {at}")
+            self.check_prompt(one.tokens[-1:].tolist(), room=0, name=f"sequence {at}")
         scoring = Scoring(wanted, self.steps, self._scheduler, self.limits)
         try:
             while not scoring.done:

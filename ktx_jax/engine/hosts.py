@@ -7,7 +7,6 @@ Every process runs the same programs in the same order, as JAX asks; only proces
 import hashlib
 import json
 import threading
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -18,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from ktx_jax.engine.likelihood import likelihood
 from ktx_jax.engine.sampling import Draw
 from ktx_jax.engine.scheduler import Limits
-from ktx_jax.engine.stage import Dtypes, Kind, Tail
+from ktx_jax.engine.stage import Dtypes, Gathered, Kind, Tail
 from ktx_jax.engine.step import Steps, next_tokens, whole_logits
 from ktx_jax.errors import KtxError
 from ktx_jax.model.cache import Run
@@ -56,19 +55,6 @@ def fingerprint(plan: Plan, limits: Limits, implementations: Implementations) ->
         "dtype": plan.dtype,
         "implementation": f"{implementations.devices}, {implementations.host}",
     }
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """A tail whose result every shard of the data axis has whole, as process 0 may have devices of one of them only."""
-
-    tail: Tail
-
-    def __call__(self, logits: jax.Array, extra: Any) -> Any:
-        out = self.tail(logits, extra)
-        if jax.lax.axis_size("data") == 1:
-            return jax.tree.map(lambda a: a[None], out)
-        return jax.tree.map(lambda a: jax.lax.all_gather(a, "data"), out)
 
 
 class _SharedSteps(Steps):

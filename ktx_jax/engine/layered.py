@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from ktx_jax.engine.program import Bound
 from ktx_jax.engine.scheduler import Limits
-from ktx_jax.engine.stage import Dtypes, Kind, Tail, by_rows, stage_cache
+from ktx_jax.engine.stage import Dtypes, Kind, Tail, ending, stage_cache
 from ktx_jax.model.cache import Run
 from ktx_jax.model.config import Config
 from ktx_jax.model.modules import MLP, DecoderLayer, DeepseekV2ForCausalLM, Embedding, Experts, Linear, MoE, RMSNorm
@@ -61,11 +61,7 @@ class _Head:
     tail: Tail
 
     def __call__(self, module: Linear, pages: None, x: jax.Array, extra: Any) -> tuple[Any, None]:
-        def ending(rows: tuple[jax.Array, Any]) -> Any:
-            x, extra = rows
-            return self.tail(module(x, dtype=jnp.float32), extra)
-
-        return by_rows(ending, (x, extra)), None
+        return ending(self.tail, lambda x: module(x, dtype=jnp.float32), x, extra), None
 
 
 @jax.jit

@@ -18,8 +18,17 @@ from ktx_jax.model.modules import DeepseekV2ForCausalLM
 from ktx_jax.ops.tiles import map_tiles
 from ktx_jax.sharding.load import LoadedStage
 
-Tail: TypeAlias = Callable[[Float[Array, "L V"], Any], Any]
-"""What the last stage makes of a shard's logits: a pure, hashable function of them and arrays with a row for each."""
+
+@dataclass(frozen=True)
+class Gathered:
+    """A tail whose result every shard of the data axis has whole, as process 0 may have devices of one of them only."""
+
+    tail: Any
+
+
+Tail: TypeAlias = Callable[[Float[Array, "L V"], Any], Any] | Gathered
+"""What the last stage makes of a shard's logits: a pure, hashable function of them and arrays with a row for each; it
+gives arrays with a row for each."""
 
 Kind: TypeAlias = Literal["prefill", "decode", "stream"]
 """Of a step: prompts, one token a sequence, or prompts with weights that are brought to the devices."""
@@ -66,16 +75,26 @@ _ROWS = 128
 as slow to get as they are to compute."""
 
 
-def by_rows(ending: Callable[[Any], Any], rows: Any) -> Any:
-    """`ending` of arrays `[L, ...]`, which takes and gives a row for each token, so many at a time."""
+def ending(tail: Tail, logits: Callable[[Any], Float[Array, "L V"]], rows: Any, extra: Any) -> Any:
+    """What a tail makes of the `logits` of rows, arrays `[L, ...]`, so many at a time."""
+    if isinstance(tail, Gathered):
+        out = ending(tail.tail, logits, rows, extra)
+        if jax.lax.axis_size("data") == 1:
+            return jax.tree.map(lambda a: a[None], out)
+        return jax.tree.map(lambda a: jax.lax.all_gather(a, "data"), out)
+    return by_rows(lambda part: tail(logits(part[0]), part[1]), (rows, extra))
+
+
+def by_rows(f: Callable[[Any], Any], rows: Any) -> Any:
+    """f of arrays `[L, ...]`, which takes and gives a row for each token, so many at a time."""
     first = jax.tree.leaves(rows)[0]
     count = first.shape[0]
     parts = -(-count // _ROWS)
     parts = next((n for n in range(parts, 2 * parts) if count % n == 0), 1)
     if parts == 1:
-        return ending(rows)
+        return f(rows)
     cut = jax.tree.map(lambda a: a.reshape(parts, count // parts, *a.shape[1:]), rows)
-    return jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), map_tiles(ending, cut, after=first))
+    return jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), map_tiles(f, cut, after=first))
 
 
 @dataclass(frozen=True)
@@ -91,12 +110,7 @@ class _Whole:
         x, cache = model.model(run, cache, x, self.dtype)
         if not model.ends:
             return model.head(x, at), cache
-
-        def ending(rows: tuple[jax.Array, Any]) -> Any:
-            at, extra = rows
-            return self.tail(model.head(x, at), extra)
-
-        return by_rows(ending, (at, extra)), cache
+        return ending(self.tail, lambda at: model.head(x, at), at, extra), cache
 
 
 class FusedStage:

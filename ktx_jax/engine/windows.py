@@ -2,6 +2,7 @@
 """Texts cut into the windows that are scored, and the perplexity that comes of them."""
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -48,24 +49,59 @@ class Perplexity:
         return self.value * self.nats_error
 
 
-def pair_window(tokenizer: Tokenizer, context: Text, continuation: Text) -> Window:
-    """A continuation to be scored after its context, either as text or as token ids.
+def pair_windows(tokenizer: Tokenizer, pairs: Sequence[tuple[Text, Text]]) -> list[Window]:
+    """Continuations to be scored after their contexts: pairs of those, either as text or as token ids.
 
-    Two texts are tokenized together, so that the words at the seam are whole; spaces that end the context count as the
-    continuation's.
+    Two texts are tokenized together, so that the words at the seam are whole; spaces that end the context, and a word
+    that the seam cuts, count as the continuation's.
 
     Raises:
-      KtxError: the context is empty, and the tokenizer puts no token before it.
+      KtxError: something is no pair; a context is empty, or its end is within the first token, and the tokenizer puts
+        none before it.
     """
+    windows = []
+    for at, pair in enumerate(pairs):
+        try:
+            if isinstance(pair, str | bytes):
+                raise TypeError
+            context, continuation = pair
+        except (TypeError, ValueError):
+            raise KtxError(f"pairs should be a list of (context, continuation); found at {at}: {pair!r:.60}") from None
+        windows.append(_pair_window(tokenizer, context, continuation))
+    return windows
+
+
+def _pair_window(tokenizer: Tokenizer, context: Text, continuation: Text) -> Window:
     if isinstance(context, str) and isinstance(continuation, str):
         head, whole = tokenizer.encode(context.rstrip(" ")), tokenizer.encode(context + continuation)
+        start = agreement(head, whole)
     else:
-        head = tokenizer.encode(context) if isinstance(context, str) else list(map(int, context))
+        head = tokenizer.encode(context) if isinstance(context, str) else token_ids(context)
         plain = isinstance(continuation, str)
-        whole = head + (tokenizer.encode(continuation, False) if plain else list(map(int, continuation)))
-    if not head:
+        whole = head + (tokenizer.encode(continuation, False) if plain else token_ids(continuation))
+        start = len(head)
+    if not start:
         raise KtxError("the context is empty: nothing comes before the continuation's first token")
-    return Window(np.asarray(whole, np.int32), len(head))
+    return Window(np.asarray(whole, np.int32), start)
+
+
+def agreement(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with that are the same."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def token_ids(ids: Sequence[int]) -> list[int]:
+    """Token ids, taken as they are.
+
+    Raises:
+      KtxError: they are something else; bytes too, whose numbers are no tokens.
+    """
+    try:
+        if not isinstance(ids, bytes | bytearray):
+            return [operator.index(one) for one in ids]
+    except TypeError:
+        pass
+    raise KtxError(f"expected a text (str) or token ids (whole numbers); found {type(ids).__name__} {ids!r:.60}")
 
 
 def rolling_windows(tokenizer: Tokenizer, text: Text, context: int) -> list[Window]:
@@ -93,18 +129,22 @@ def perplexity_windows(tokenizer: Tokenizer, text: Text, window: int, stride: in
 
     Without `stride`, as llama.cpp does and most figures of GGUF files are: windows side by side, the first token of
     each replaced by the beginning-of-text token, and the second half of each scored; a rest is left out. With `stride`,
-    as Hugging Face's guide does: a window begins `stride` tokens after the one before, and scores what that did not.
+    as Hugging Face's guide does: a window begins `stride` tokens after the one before, and scores what that did not,
+    save its own first token where `stride` is the window: nothing comes before it.
 
     Raises:
       KtxError: the text is shorter than one window, or the numbers make no sense.
     """
-    if window < 2:
-        raise KtxError(f"window should be at least 2; found {window}")
+    least = 3 if stride is None else 2  # the second half has a token that is not the first
+    if window < least:
+        raise KtxError(f"window should be at least {least}{' without a stride' * (least > 2)}; found {window}")
     if stride is not None and not 0 < stride <= window:
         raise KtxError(f"stride should be from 1 to the window of {window}; found {stride}")
     whole = np.asarray(_ids(tokenizer, text, True), np.int32)
     if len(whole) < window:
-        raise KtxError(f"the text has {len(whole)} tokens, fewer than a window of {window}")
+        raise KtxError(
+            f"the text has {len(whole)} tokens, too few for a window of {window}: give more text, or a smaller window"
+        )
     if stride is None:
         windows = whole[: len(whole) // window * window].reshape(-1, window).copy()
         if whole[0] == tokenizer.bos_id:
@@ -122,4 +162,4 @@ def perplexity_windows(tokenizer: Tokenizer, text: Text, window: int, stride: in
 def _ids(tokenizer: Tokenizer, text: Text, first: bool) -> list[int]:
     """Token ids of a text to be measured, with those that begin it if `first`; ids as they are."""
     # What looks like a control token there is ordinary text.
-    return tokenizer.encode(text, first, parse_special=False) if isinstance(text, str) else list(map(int, text))
+    return tokenizer.encode(text, first, parse_special=False) if isinstance(text, str) else token_ids(text)

@@ -2,6 +2,7 @@
 """What it costs to replace one model by another: how far the second's next-token distributions are from the first's."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,8 @@ class Distances:
 
 
 def _mean(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
 
 
 def compare_run(a: LLM, b: LLM, text: str, window: int) -> Mapping[str, Any]:
@@ -80,16 +82,20 @@ def compare(a: LLM, b: LLM, text: str, window: int, journal: Journal, advance: A
     Raises:
       KtxError: the models' vocabularies differ, or the text is shorter than a window.
     """
-    if a.config.vocab_size != b.config.vocab_size or a.encode(text[:10_000]) != b.encode(text[:10_000]):
+    windows, of_b = (perplexity_windows(model.tokenizer, text, window, None) for model in (a, b))
+    same = all(np.array_equal(one.tokens, other.tokens) for one, other in zip(windows, of_b, strict=False))
+    if not same or len(windows) != len(of_b) or a.config.vocab_size != b.config.vocab_size:
         raise KtxError(f"{a.path.name} and {b.path.name} have different vocabularies: their tokens cannot be compared")
-    windows = perplexity_windows(a.tokenizer, text, window, None)
+    advance = advance or (lambda done, total: None)
+    left = [at for at in range(len(windows)) if str(at) not in journal]
     total = sum(one.length for one in windows)
-    for at, one in enumerate(windows):
-        if str(at) not in journal:
-            distances = window_distances(a, b, one)
-            journal.add(str(at), [getattr(distances, name).tolist() for name in COLUMNS])
-        if advance is not None:
-            advance((at + 1) * windows[0].length, total)
+    done = total - sum(windows[at].length for at in left)
+    advance(done, total)
+    for at in left:
+        distances = window_distances(a, b, windows[at])
+        journal.add(str(at), [getattr(distances, name).tolist() for name in COLUMNS])
+        done += windows[at].length
+        advance(done, total)
     rows = [np.asarray(journal[str(at)], np.float64) for at in range(len(windows))]
     return Distances(*np.concatenate(rows, axis=1))
 
@@ -117,8 +123,8 @@ def _distances(a: Float[Array, "T V"], b: Float[Array, "T V"], targets: Int[Arra
     return kl, same, *(jnp.take_along_axis(log, targets[:, None], axis=-1)[:, 0] for log in (log_a, log_b))
 
 
-def draw_comparison(distances: Distances, names: Iterable[str], path: Path) -> None:
-    """Draws how KL is distributed, and the probabilities of the text's tokens under both models.
+def blank_figure(path: Path) -> Any:
+    """A figure to be drawn in `path`; what stands against that is said before hours of work.
 
     Raises:
       KtxError: matplotlib (extra `plot`) is not installed, or the file cannot be written.
@@ -128,9 +134,23 @@ def draw_comparison(distances: Distances, names: Iterable[str], path: Path) -> N
         from matplotlib.figure import Figure
     except ImportError as error:
         raise KtxError("plots need matplotlib: pip install 'ktx-jax[plot]'") from error
-    name_a, name_b = names
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    kinds = FigureCanvasAgg(figure).get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise KtxError(f"{path}: the plot cannot be written: its name should end in .{', .'.join(sorted(kinds))}")
+    if not os.access(path.parent, os.W_OK):
+        raise KtxError(f"{path}: the plot cannot be written: {path.parent} is not a folder that can be written to")
+    return figure
+
+
+def draw_comparison(distances: Distances, names: Iterable[str], path: Path) -> None:
+    """Draws how KL is distributed, and the probabilities of the text's tokens under both models.
+
+    Raises:
+      KtxError: as `blank_figure`.
+    """
+    figure = blank_figure(path)
+    name_a, name_b = names
     left, right = figure.subplots(1, 2)
     kl = np.sort(np.maximum(distances.kl, 1e-9))
     left.plot(kl, 1 - np.arange(len(kl)) / len(kl))

@@ -24,7 +24,7 @@ from ktx_jax.engine.branches import Window
 from ktx_jax.engine.reply import Chunk
 from ktx_jax.engine.requests import SamplingParams
 from ktx_jax.engine.scoring import Score
-from ktx_jax.engine.windows import rolling_windows
+from ktx_jax.engine.windows import agreement, rolling_windows
 from ktx_jax.errors import KtxError
 from ktx_jax.evaluate.identity import digest, model_identity
 from ktx_jax.evaluate.journal import Journal
@@ -104,6 +104,16 @@ class HarnessLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval puts in its results about the model."""
         return {"model": "ktx", "model_args": {"pretrained": str(self.llm.path)}, **model_identity(self.llm)}
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval; but where a token spans the seam, so that nothing of the continuation is left after the context's
+        tokens, it is scored from that token on. Nothing would be certain, and every other answer less likely."""
+        before, after = super()._encode_pair(context, continuation)
+        if after or not continuation:
+            return before, after
+        whole = self.tok_encode(context + continuation)
+        start = agreement(before, whole)
+        return whole[:start] or [self.prefix_token_id], whole[start:]
 
     def _name(self, token: int) -> str:
         return self.llm.tokenizer.token_bytes(token).decode(errors="replace")
@@ -204,6 +214,8 @@ class HarnessLM(TemplateLM):
 
 
 register_model("ktx")(HarnessLM)
+# For standard errors lm-eval would fork this process, whose threads (JAX's, the kernels') could leave a fork hanging.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 
 class _Generation(NamedTuple):
@@ -233,14 +245,16 @@ def run_tasks(
     Answers are kept in `out/answers.jsonl` as they come.
 
     Raises:
-      KtxError: there is no such task, or answers of another run are there.
+      KtxError: there is no such task, answers of another run are there, or the results cannot be written.
     """
+    if include_path is not None and not include_path.is_dir():
+        raise KtxError(f"{include_path}: no such folder (--include-path names one with tasks of your own)")
     run = {"eval": model_identity(llm), "context": llm.plan.context}
-    with Journal(out / "answers.jsonl", run, resume=resume) as journal, tempfile.TemporaryDirectory(dir=out) as work:
+    with Journal(out / "answers.jsonl", run, resume=resume) as journal:
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
         if unknown := [task for task in tasks if not (manager.match_tasks([task]) or Path(task).exists())]:
             raise KtxError(f"lm-eval knows no task {', '.join(unknown)}; --include-path names a folder of your own")
-        tracker = EvaluationTracker(output_path=work)
+        tracker = EvaluationTracker(output_path=str(out))
         results: Any = cast(Any, simple_evaluate)(  # whose decorator hides its signature
             HarnessLM(llm, journal=journal, advance=advance),
             model_args={"pretrained": str(llm.path)},
@@ -252,15 +266,33 @@ def run_tasks(
             task_manager=manager,
             evaluation_tracker=tracker,
         )
-        samples = results.pop("samples")
+        _write(tracker, out, results, results.pop("samples"))
+    return results
+
+
+def _write(tracker: EvaluationTracker, out: Path, results: dict[str, Any], samples: dict[str, Any]) -> None:
+    """Writes what lm-eval writes, whole files only: a kill leaves none that is cut."""
+    with tempfile.TemporaryDirectory(dir=out) as work:
+        tracker.output_path = work
         tracker.save_results_aggregated(results=results, samples=samples)
         for task in results["configs"]:
             tracker.save_results_samples(task_name=task, samples=samples[task])
-        for file in sorted(Path(work).rglob("*.json*")):  # whole files only: a kill leaves none that is cut
+        _check_written(Path(work), samples)
+        for file in sorted(Path(work).rglob("*.json*")):
             place = out / file.relative_to(work)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
-    return results
+
+
+def _check_written(folder: Path, samples: Mapping[str, Sequence[Any]]) -> None:
+    """Raises `KtxError` where lm-eval could not write its files, of which it says nothing."""
+    lines = sum(file.read_bytes().count(b"\n") for file in folder.rglob("samples_*.jsonl"))
+    whole = any(file.read_bytes().endswith(b"}") for file in folder.rglob("results_*.json"))
+    if not whole or lines != sum(map(len, samples.values())):
+        raise KtxError(
+            f"lm-eval could not write its results to {folder.parent}: is the disk full? "
+            "The answers are kept: the same command with --resume writes them again"
+        )
 
 
 def table(results: Mapping[str, Any]) -> str:

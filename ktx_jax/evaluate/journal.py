@@ -4,6 +4,7 @@
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +21,11 @@ class Journal:
     Args:
       path: the file; None keeps nothing beyond this process.
       run: what the results depend on (model, text, options), as JSON values.
-      resume: take the results that are there; without it, there must be none.
+      resume: take the results that are there; without it, there must be none (a first line alone is written anew).
 
     Raises:
-      KtxError: the file is of another run, holds something else, is open elsewhere, or is there and not to be resumed.
+      KtxError: the file is of another run, holds something else, is open elsewhere, cannot be written, or has results
+        that are not to be resumed.
     """
 
     def __init__(self, path: Path | None, run: Mapping[str, Any], *, resume: bool = False):
@@ -40,6 +42,8 @@ class Journal:
         except OSError as error:
             raise KtxError(f"{path}: cannot be written: {error.strerror}") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):  # a pipe or a device keeps nothing
+                raise KtxError(f"{path} is not a file that keeps results: choose another --out")
             self._lock()
             self._read(json.loads(json.dumps(run)), resume)
         except BaseException:
@@ -82,8 +86,13 @@ class Journal:
         if self._file is None:
             return
         line = memoryview(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-        while line:
-            line = line[os.write(self._file, line) :]
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            raise KtxError(
+                f"{self._path}: a result cannot be written: {error.strerror} (those before it are kept: --resume)"
+            ) from error
 
     def _lock(self) -> None:
         assert self._file is not None
@@ -97,10 +106,12 @@ class Journal:
         data = self._path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         lines = whole.splitlines()
-        if lines and not resume:
-            raise KtxError(f"{self._path} holds results already: --resume goes on with them, or choose another file")
-        if not whole and data and not data.startswith(b'{"run"'[: len(data)]):
-            raise KtxError(f"{self._path} does not hold results of ktx-jax: choose another file")
+        if not data.startswith(b'{"run"'[: len(data)]):
+            raise KtxError(f"{self._path} does not hold results of ktx-jax: choose another --out")
+        if not resume:
+            if len(lines) > 1:
+                raise KtxError(f"{self._path} holds results: --resume goes on with them, or choose another --out")
+            lines, whole = [], b""
         entries = [self._parsed(line, number) for number, line in enumerate(lines, 1)]
         if entries:
             self._check_run(entries[0], run)
@@ -120,11 +131,24 @@ class Journal:
 
     def _check_run(self, entry: Any, run: Any) -> None:
         if not (isinstance(entry, dict) and isinstance(entry.get("run"), dict)):
-            raise KtxError(f"{self._path} does not hold results of ktx-jax: choose another file")
-        before = entry["run"]
-        for name in sorted({*before, *run}):
-            if before.get(name) != run.get(name):
-                raise KtxError(
-                    f"{self._path} holds results of another run: {name} was {json.dumps(before.get(name))}, "
-                    f"now {json.dumps(run.get(name))}"
-                )
+            raise KtxError(f"{self._path} does not hold results of ktx-jax: choose another --out")
+        if (difference := _first_difference("", entry["run"], run)) is not None:
+            raise KtxError(f"{self._path} holds results of another run: {difference} (choose another --out)")
+
+
+def _first_difference(name: str, before: Any, now: Any) -> str | None:
+    """The first value in which two runs differ, in words."""
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = dict(enumerate(before, 1)), dict(enumerate(now, 1))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            place = f"{name} {key}".lstrip()
+            if (difference := _first_difference(place, before.get(key), now.get(key))) is not None:
+                return difference
+        return None
+    return None if before == now else f"{name} was {_shown(before)}, now {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    """A value in few words: what only one of the runs has is not told in full."""
+    return "given" if isinstance(value, dict | list) else "not given" if value is None else json.dumps(value)

@@ -150,7 +150,7 @@ def mla_values(
 
     def expanded(into: jax.Array) -> jax.Array:
         weights = (k_b.records, v_b.records, (k_b.ggml_type.name, v_b.ggml_type.name))
-        return mla_prefill(q[..., : k_b.shape[2]], q_rope, *weights, pages, plan, into, scale=scale)
+        return mla_prefill(q, q_rope, *weights, pages, plan, into, scale=scale)
 
     none = jnp.zeros((*q.shape[:2], v_b.shape[1]), q.dtype)
     values = jax.lax.cond(jnp.any(live & ~chosen), absorbed, lambda: none)
