@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of prompts on a GPU in its two forms: what `gpu.py` calls, and its table of which one pays.
 
-`pallas_kernels.heuristics.expanded_pays` chooses by counted operations and bytes. The table puts measured times of both
+`pallas_kernels.crossover.expanded_pays` chooses by counted operations and bytes. The table puts measured times of both
 forms beside the counted ones, so that whoever has a GPU can set it.
 """
 
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from gpu_model import random_weight
 
-from pallas_kernels.heuristics import LEAST_EXPANDED, attention_seconds, expanded_pays
+from pallas_kernels.crossover import attention_seconds, expanded_pays
+from pallas_kernels.heuristics import LEAST_EXPANDED
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.mla_expand import expand
 from pallas_kernels.mla_prefill import mla_prefill, mla_prefill_reference

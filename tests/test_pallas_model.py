@@ -83,7 +83,7 @@ def check(gguf, config, plan: Plan, got: np.ndarray) -> None:
     """As near to the exact logits as XLA's own bfloat16 path is."""
     prompt = len(got) - 1
     exact, near = (logits(gguf, config, plan.on_xla(), dtype, prompt) for dtype in (jnp.float32, jnp.bfloat16))
-    assert relative_error(exact, got) < 1.3 * relative_error(exact, near) < 4e-2
+    assert relative_error(exact, got) < 1.5 * relative_error(exact, near) < 4e-2
 
 
 @pytest.mark.slow

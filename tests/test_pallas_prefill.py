@@ -24,7 +24,8 @@ from ktx_jax.quantized import PlanesArray
 from pallas_kernels import mla_attention, quantized_matmul
 from pallas_kernels import mla_prefill as family
 from pallas_kernels import prefill_plan as planning
-from pallas_kernels.heuristics import LEAST_EXPANDED, attention_seconds, expanded_pays
+from pallas_kernels.crossover import attention_seconds, expanded_pays
+from pallas_kernels.heuristics import LEAST_EXPANDED
 from pallas_kernels.mla_expand import expand, expand_reference
 from pallas_kernels.mla_prefill import mla_prefill, mla_prefill_reference
 from pallas_kernels.prefill_plan import prefill_plan

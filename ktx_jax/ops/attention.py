@@ -129,7 +129,8 @@ def mla_values(
     """
     assert isinstance(k_b, PlanesArray)
     assert isinstance(v_b, PlanesArray)
-    from pallas_kernels.heuristics import LEAST_EXPANDED, expanded_pays  # imported when used: it takes a second
+    from pallas_kernels.crossover import expanded_pays  # imported when used: it takes a second
+    from pallas_kernels.heuristics import LEAST_EXPANDED
     from pallas_kernels.mla_prefill import mla_prefill
     from pallas_kernels.prefill_plan import prefill_plan
 
