@@ -5,7 +5,6 @@ Interpreted, a kernel runs in the Mosaic CPU interpreter of JAX. That one knows 
 registers and no inline PTX, so here each such operation has a plain equivalent, used when `interpret` is true.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,9 +28,6 @@ ACCUMULATOR = plgpu.Layout.WGMMA
 
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 """A value for each row of such a matrix, in the threads that hold the row."""
-
-BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-"""A value for each column, likewise."""
 
 
 def spread(size: int) -> Any:
@@ -125,11 +121,6 @@ def laid_out(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
 def along_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """A value a row (`BY_ROW`), against a matrix."""
     return lax.broadcast_in_dim(x, shape, (0,))
-
-
-def along_columns(x: jax.Array, shape: tuple[int, int], interpret: bool) -> jax.Array:
-    """A value a column (`BY_COLUMN`), against a matrix."""
-    return laid_out(lax.broadcast_in_dim(x, shape, (1,)), ACCUMULATOR, interpret)
 
 
 def zeros(shape: tuple[int, int], interpret: bool) -> jax.Array:
@@ -301,8 +292,3 @@ def float16_field(words: jax.Array, half: int, interpret: bool) -> jax.Array:
     from pallas_kernels.ptx import float16_field as inline
 
     return inline(words, half)
-
-
-def steps_in_flight(stage_bytes: int, budget: int, most: int = 6) -> int:
-    """How many stages of `stage_bytes` a pipeline keeps within `budget` bytes of shared memory: 2 to `most`."""
-    return max(2, min(most, math.floor(budget / stage_bytes)))

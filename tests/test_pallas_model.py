@@ -79,11 +79,11 @@ def weights(gguf, plan: Plan, decode: bool = True) -> dict:
     return {".".join(map(str, key[:-1])): leaf.get_value() for key, leaf in flat}
 
 
-def check(gguf, config, plan: Plan, got: np.ndarray) -> None:
-    """As near to the exact logits as XLA's own bfloat16 path is."""
+def check(gguf, config, plan: Plan, got: np.ndarray, times: float = 1.3) -> None:
+    """As near to the exact logits as XLA's own bfloat16 path is, within so many `times`."""
     prompt = len(got) - 1
     exact, near = (logits(gguf, config, plan.on_xla(), dtype, prompt) for dtype in (jnp.float32, jnp.bfloat16))
-    assert relative_error(exact, got) < 1.5 * relative_error(exact, near) < 4e-2
+    assert relative_error(exact, got) < times * relative_error(exact, near) < 4e-2
 
 
 @pytest.mark.slow
@@ -142,7 +142,8 @@ def test_a_model_on_the_kernels_answers_as_on_xla(opened, options, notices):
     assert len(plan.notices) == len(notices)
     with references():
         got = logits(gguf, config, plan)
-    check(gguf, config, plan, got)
+    # Q4_1 becomes Q8_0, with an error of its own.
+    check(gguf, config, plan, got, times=1.5 if "types" in options else 1.3)
 
 
 def test_what_is_loaded_is_what_the_plan_says(opened):
