@@ -25,7 +25,8 @@ _RANK, _ROPE = 512, 64
 _ROWS, _KEYS = 64, 64
 _STAGES = 2
 _WIDTH = _RANK + _ROPE
-# Columns of shared memory that wgmma reads at a time. Wider would be faster, but 576 is not a multiple of 128 bytes.
+# Columns of shared memory that wgmma reads at a time: as many weights as a warpgroup stores, since it can store no part
+# of a swizzled tile, and both operands of a product are swizzled alike.
 _SWIZZLED = 32
 _NONE = -1e30
 """The score of a position that a row does not see."""
