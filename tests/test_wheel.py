@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -37,6 +38,14 @@ def python(wheel, tmp_path_factory) -> Path:
     # A path file's folder is searched, but path files in it are not read: an editable install there stays unseen.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return python
+
+
+def test_it_is_built_for_the_oldest_jax():
+    """XLA takes kernels that were built for an older interface than its own, and refuses those for a newer one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    [built] = [r for r in project["build-system"]["requires"] if r.startswith("jax")]
+    [needed] = [r for r in project["project"]["dependencies"] if r.startswith("jax>")]
+    assert needed.startswith(built.replace("==", ">=") + ",")
 
 
 def test_it_holds_what_it_needs_and_nothing_named_ffi(wheel):

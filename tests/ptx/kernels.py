@@ -244,7 +244,14 @@ _BARRIER = r"bar\.sync\s[^;]*;"
     [
         pytest.param(_few_rows, _WAIT, (0,), "race", id="products, wait for a copy"),
         pytest.param(_few_rows, _PROXY_FENCE, (0, 1), "without a proxy fence", id="products, proxy fences"),
-        pytest.param(_decode, _WAIT, (6, 7, 8, 9), "race", id="decode, waits for copies and the other warpgroup"),
+        # Without the wait for the other warpgroup, its fence has not been waited for either.
+        pytest.param(
+            _decode,
+            _WAIT,
+            (6, 7, 8, 9),
+            "race|without a proxy fence",
+            id="decode, waits for copies and the other warpgroup",
+        ),
         pytest.param(_decode, _FENCE, (0, 1), "without wgmma.fence", id="decode, before products"),
         # The first keeps a warp from storing results over queries that another of its warpgroup has yet to read.
         pytest.param(_prompt, _BARRIER, (2, 3), "race", id="prompts, before and after results are stored"),

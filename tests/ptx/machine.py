@@ -59,13 +59,14 @@ class Machine:
     def _execute(self, launch: Launch, operands: list[np.ndarray], outs: list[np.ndarray]) -> list[np.ndarray]:
         """All arrays as they are in the end; results that no block writes are NaN."""
         self.launches.append(launch)
+        host = launch.host
         memory = Global([*operands, *[np.frombuffer(b"\xff" * o.nbytes, o.dtype).reshape(o.shape) for o in outs]])
-        parameters = [0 if p is None else int(memory.bases[p]) for p in launch.parameters]
+        parameters = [0 if p is None else int(memory.bases[p]) for p in host.parameters]
         program = parse(self.edit(launch.ptx))
         with np.errstate(all="ignore"):
-            for index in itertools.product(*map(range, launch.grid)):
+            for index in itertools.product(*map(range, host.grid)):
                 Block(
-                    program, launch.threads // 32, launch.shared_bytes, index, memory, parameters, list(launch.tensors),
+                    program, host.threads // 32, host.shared_bytes, index, memory, parameters, host.tensors,
                     self.schedule,
                 ).run()  # fmt: skip
         return [memory.array(n, like) for n, like in enumerate([*operands, *outs])]
