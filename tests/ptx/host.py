@@ -24,10 +24,12 @@ _SAME = (
 
 
 class Pointer(NamedTuple):
-    """Attributes:
-    array: one of the kernel's, by its number, operands before results; or one of the function's own, by its name.
-    place: in elements.
-    item: bytes of an element, once a view has said so.
+    """To an element of an array.
+
+    Attributes:
+      array: one of the kernel's, by its number, operands before results; or one of the function's own, by its name.
+      place: in elements.
+      item: bytes of an element, once a view has said so.
     """
 
     array: int | str
