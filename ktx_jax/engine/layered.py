@@ -22,7 +22,8 @@ from ktx_jax.engine.scheduler import Limits
 from ktx_jax.engine.stage import Dtypes, Kind, Tail, ending, stage_cache
 from ktx_jax.model.cache import Run
 from ktx_jax.model.config import Config
-from ktx_jax.model.modules import MLP, DecoderLayer, DeepseekV2ForCausalLM, Embedding, Experts, Linear, MoE, RMSNorm
+from ktx_jax.model.linear import Embedding, Linear, RMSNorm
+from ktx_jax.model.modules import MLP, DecoderLayer, DeepseekV2ForCausalLM, Experts, MoE
 from ktx_jax.model.rope import cos_sin
 from ktx_jax.sharding.load import LoadedStage
 from ktx_jax.sharding.streaming import StreamedExperts

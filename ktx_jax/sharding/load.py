@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ktx_jax.gguf.reader import GGUF
-from ktx_jax.model.modules import Attention, Cut, DeepseekV2ForCausalLM, HeadLinear, RMSNorm, Router
+from ktx_jax.model.linear import Cut, HeadLinear, RMSNorm
+from ktx_jax.model.modules import Attention, DeepseekV2ForCausalLM, Router
 from ktx_jax.sharding.devices import HOST
 from ktx_jax.sharding.gpu_kernels import PALLAS, XLA, attention_obstacle
 from ktx_jax.sharding.layout import Layout, layout_of
