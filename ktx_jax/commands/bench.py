@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ktx-jax bench`: how fast a model loads, compiles, reads a prompt and writes."""
 
-import json
 import sys
 import time
 from typing import Any
 
 import numpy as np
 
-from ktx_jax.commands.common import ModelOptions, load_llm, receive
+from ktx_jax.commands.common import ModelOptions, load_llm, print_json, receive
 from ktx_jax.errors import KtxError
 
 
@@ -34,7 +33,7 @@ def bench(options: ModelOptions, prompt: int, decode: int, as_json: bool) -> int
         "peak_rss_bytes": _peak_rss(),
     }
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
     else:
         for key, value in result.items():
             print(f"{key:16} {value}")

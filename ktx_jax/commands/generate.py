@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ktx-jax generate`: completes texts."""
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from ktx_jax.commands.common import ModelOptions, Reply, load_llm, notes, receive, say
+from ktx_jax.commands.common import ModelOptions, Reply, load_llm, notes, print_json, receive, say
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
@@ -22,7 +21,7 @@ def generate(options: ModelOptions, prompts: Sequence[str], sampling: dict[str, 
     begun = time.perf_counter()
     reply = receive(llm.stream(prompts[0], params), (lambda text: None) if as_json else say, begun)
     if as_json:
-        print(json.dumps(_described(prompts[0], reply)))
+        print_json(_described(prompts[0], reply))
     else:
         say("\n")
         notes.print(f"{reply.summary()}; {_ending(reply)}", style="dim")
@@ -35,7 +34,7 @@ def _together(llm: Any, prompts: Sequence[str], params: Any, as_json: bool) -> i
     seconds = time.perf_counter() - begun
     for prompt, completion in zip(prompts, completions, strict=True):
         if as_json:
-            print(json.dumps(_described(prompt, completion)))
+            print_json(_described(prompt, completion))
         else:
             say(f"{prompt}{completion.text}\n\n")
     tokens = sum(len(completion.token_ids) for completion in completions)

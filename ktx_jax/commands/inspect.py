@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ktx-jax inspect`: what a model file holds, from its headers alone."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ktx_jax.commands.common import print_json
 from ktx_jax.gguf.errors import GGUFError, quote
 from ktx_jax.gguf.reader import GGUF, TensorInfo, open_gguf
 from ktx_jax.model.config import ARCHITECTURE, config_from_gguf
@@ -34,7 +34,7 @@ def inspect(path: Path, as_json: bool) -> int:
     with open_gguf(path) as file:
         described = describe(file)
     if as_json:
-        print(json.dumps(described))
+        print_json(described)
     else:
         _print(described)
     return 0

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ktx-jax plan`: what goes where under a rule file, and whether it fits on devices that need not be here."""
 
-import json
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from ktx_jax.aot.compile import Compilation, compile_plan
-from ktx_jax.commands.common import notes
+from ktx_jax.commands.common import notes, print_json
 from ktx_jax.commands.model_shape import ModelShape, model_shape
 from ktx_jax.commands.plan_costs import compiled_json, compiled_text, roofline_json, roofline_text
 from ktx_jax.commands.rules import say_problems
@@ -84,7 +83,7 @@ def _plan(options: PlanOptions) -> int:
             said["roofline"] = {phase: roofline_json(*both) for phase, both in rooflines.items()}
         if compiled is not None:
             said["compiled"] = compiled_json(made, compiled)
-        print(json.dumps(said))
+        print_json(said)
     else:
         print(f"{shape.name}, on {target.name}" if target else shape.name)
         print("\n".join(texts), end="")
