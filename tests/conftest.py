@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 
 import jax
+import jaxtyping
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,24 @@ def compilations() -> Iterator[Callable[[], int]]:
     jax.monitoring.register_event_duration_secs_listener(hear)
     yield since
     jax.monitoring.unregister_event_duration_listener(hear)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without runtime type checks, as it is where people work."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def gpu_compiler() -> None:
+    """The compiler for GPUs that are not here; tests that need it skip where the extra `aot` is not installed."""
+    from ktx_jax.aot.compile import check_installed
+    from ktx_jax.errors import KtxError
+
+    try:
+        check_installed()
+    except KtxError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

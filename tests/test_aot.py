@@ -174,16 +174,8 @@ class TestRefusals:
             run_job(job)
 
 
-def compiler_is_here() -> bool:
-    try:
-        check_installed()
-    except KtxError:
-        return False
-    return True
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not compiler_is_here(), reason="the extra `aot` is not installed")
+@pytest.mark.usefixtures("gpu_compiler")
 class TestAbsentGpus:
     @pytest.mark.parametrize(("name", "target"), [("8gpu", "h200"), ("64gpu", "h100"), ("4gpu", "a100-80g")])
     def test_the_whole_of_v25(self, name, target):

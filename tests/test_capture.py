@@ -3,7 +3,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from golden_models import small_llm
@@ -11,12 +10,6 @@ from golden_models import small_llm
 from ktx_jax.errors import KtxError
 
 TOKENS = jnp.arange(3, 15)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without runtime type checks, as it is where people work."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,12 @@ import sys
 import pytest
 from conftest import ROOT
 
-from ktx_jax.aot.compile import check_installed
-from ktx_jax.errors import KtxError
 from pallas_kernels.heuristics import SHARED_BYTES
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("gpu_compiler")]
 
 
 def _compiled(tmp_path, model: str, *words: str) -> list[dict]:
-    try:
-        check_installed()
-    except KtxError as error:
-        pytest.skip(str(error))
     out = tmp_path / "compiled.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_compile.py"), "--models", model, "--json", str(out)]
     command += ["--only", *words]
@@ -40,7 +36,6 @@ def _check(cases: list[dict], kernels: int) -> None:
         assert case["temporaries"] < 2 << 30, case
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["1 rows", "512 rows"])
 def test_matmul_of_every_type(tmp_path, rows):
     cases = _compiled(tmp_path, "v2.5", "dense gate", f", {rows}")
@@ -48,31 +43,26 @@ def test_matmul_of_every_type(tmp_path, rows):
     _check(cases, 1)
 
 
-@pytest.mark.slow
 def test_matmul_of_widths_that_64_alone_divides(tmp_path):
     _check(_compiled(tmp_path, "lite", "dense"), 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["v2.5", "lite"])
 def test_experts(tmp_path, model):
     _check(_compiled(tmp_path, model, "experts"), 2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["v2.5", "lite"])
 def test_attention(tmp_path, model):
     _check(_compiled(tmp_path, model, "attention"), 2)  # and the merge of ranges
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["v2.5", "lite"])
 @pytest.mark.parametrize("kernel", ["router", "norm of", "latents"])
 def test_rows(tmp_path, model, kernel):
     _check(_compiled(tmp_path, model, kernel), 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["v2.5", "lite"])
 def test_attention_of_prompts(tmp_path, model):
     cases = _compiled(tmp_path, model, "prompts")

@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ktx_jax.aot.compile import check_installed
-from ktx_jax.errors import KtxError
-
 _KERNELS = Path(__file__).parent / "ptx" / "kernels.py"
 
 
 @pytest.mark.slow
-def test_the_compiled_kernels():
-    try:
-        check_installed()
-    except KtxError as error:
-        pytest.skip(str(error))
+def test_the_compiled_kernels(gpu_compiler):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", str(_KERNELS)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import ktx_ffi
 import numpy as np
 import pytest
@@ -269,8 +268,7 @@ def test_a_word_that_the_seam_cuts_is_scored():
         (lambda llm: llm.perplexity([3] * 9, 2), "window should be at least 3 without a stride"),
     ],
 )
-def test_what_cannot_be_scored_says_so(llm, ask, message, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is where people work
+def test_what_cannot_be_scored_says_so(unchecked, llm, ask, message):
     with pytest.raises(KtxError, match=message):
         ask(llm)
 
